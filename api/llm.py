@@ -34,7 +34,6 @@ from api.llm_inputs import (
     conversations_of,
     inputs_of,
     parse_prompt,
-    text_of,
 )
 from api.llm_options import LLMOptions
 from api.llm_outputs import (
@@ -64,10 +63,7 @@ from api.params.pooling import (
     PoolingRequestOutput,
     PoolingTask,
     RerankOutput,
-    ScoringOutput,
     ScoringRequestOutput,
-    cosine,
-    pair_up,
 )
 from api.params.sampling import SamplingParams
 from api.params.thinking import conversation_opens_reasoning
@@ -448,6 +444,19 @@ class LLM:
             for item in pooled
         ]
 
+    def reward(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool = True,
+        lora_request: LoRARequests = None,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """Rewards of each token, by a reward model: ``encode`` with ``token_classify``. That of a text is its last."""
+        return self.encode(
+            prompts, pooling_params, use_tqdm=use_tqdm, pooling_task="token_classify", lora_request=lora_request
+        )
+
     def score(
         self,
         data_1: Prompt | Sequence[Prompt],
@@ -457,7 +466,8 @@ class LLM:
         use_tqdm: bool = True,
         lora_request: LoRARequest | None = None,
     ) -> list[ScoringRequestOutput]:
-        """Scores text pairs with a cross-encoder; with other models, by the cosine similarity of their embeddings.
+        """Scores text pairs with a cross-encoder, or by late interaction; with other models, by the cosine similarity
+        of their embeddings.
 
         Args:
             data_1: One prompt to compare with each of ``data_2``, or as many prompts as ``data_2``.
@@ -473,23 +483,15 @@ class LLM:
             RequestError: The numbers of prompts do not match, or a prompt is invalid for the model.
             EngineDeadError: The engine died and is not restarted.
         """
-        first, second = inputs_of(data_1, lora_request), inputs_of(data_2, lora_request)
-        pairs = pair_up(len(first), len(second), "data_2")
-        params = PoolingParams(truncate_prompt_tokens=truncate_prompt_tokens)
-        results = []
-        if self._model.limits.pooling.head_pooling:
-            texts = [(text_of(first[i], "data_1"), text_of(second[j], "data_2")) for i, j in pairs]
-            for item in self._run(self._pooling.score_pairs(texts, params, use_tqdm, lora_request)):
-                score = ScoringOutput(float(item.outputs.data[0]))
-                results.append(ScoringRequestOutput(item.request_id, score, item.prompt_token_ids))
-            return results
-        pooled = self._run(self._pooling.run([*first, *second], params, use_tqdm))
-        for one, other in ((pooled[i], pooled[len(first) + j]) for i, j in pairs):
-            score = ScoringOutput(cosine(one.outputs.data, other.outputs.data))
-            ids = one.prompt_token_ids + other.prompt_token_ids
-            cached = one.num_cached_tokens + other.num_cached_tokens
-            results.append(ScoringRequestOutput(f"{one.request_id}-{other.request_id}", score, ids, cached))
-        return results
+        return self._run(
+            self._pooling.score(
+                inputs_of(data_1, lora_request),
+                inputs_of(data_2, lora_request),
+                PoolingParams(truncate_prompt_tokens=truncate_prompt_tokens),
+                use_tqdm,
+                lora_request,
+            )
+        )
 
     def rerank(
         self,

@@ -126,6 +126,8 @@ def _pooling_problem(
         return "the model has no classifier"
     if not 0 <= params.num_skipped < num_tokens or not 0 <= params.second_segment < num_tokens:
         return "num_skipped or second_segment is outside the prompt"
+    if not 0 <= params.num_attended <= num_tokens or (params.num_attended and not pooling.needs_whole_prompts):
+        return "num_attended is outside the prompt, or the model is causal"
     return None
 
 

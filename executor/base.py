@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from executor.messages import FromWorker, ToWorker
 
 
-Head = Literal["lm", "none", "sequence", "token"]
+Head = Literal["lm", "none", "sequence", "token", "reward", "process"]
 """What reads a model's hidden states: an output layer, nothing, or a classifier of sequences or of their tokens."""
 
 

@@ -203,7 +203,11 @@ class ModelConfig(Config, frozen=True):
     weights: Annotated[str, Meta(extra={"internal": True})] = ""
     """Folder of the safetensors files, if not the model's."""
     dense: Annotated[tuple[str, ...], Meta(extra={"internal": True})] = ()
-    """Folders of dense layers that follow pooling, in the model's folder."""
+    """Folders of dense layers that follow pooling, in the model's folder; a dot: a layer in the model's own files."""
+    token_dense: Annotated[str, Meta(extra={"internal": True})] = ""
+    """Folder of a layer that makes vectors of tokens. Empty: ``dense`` makes them."""
+    token_weights: Annotated[str, Meta(extra={"internal": True})] = ""
+    """Folder of a layer that weighs tokens, for sparse vectors."""
 
 
 class ParallelConfig(Config, frozen=True):

@@ -1,7 +1,9 @@
-"""Dense layers of sentence-transformers (``2_Dense``): they follow pooling, in float32."""
+"""Dense layers in files of their own, in float32: those of sentence-transformers (``2_Dense``) follow pooling, those of
+late interaction make vectors of tokens (ColBERT, arXiv:2004.12832), and BGE-M3's weigh them (arXiv:2402.03216)."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from executor.weights_mapper import WeightsMapper
 F32 = npt.NDArray[np.float32]
 
 CONFIG = "config.json"
+OWN = "."
+"""Name of the layer that a model's own files hold, as ``linear.weight``."""
 
 
 @dataclass(frozen=True)
@@ -43,25 +47,70 @@ class DenseModule:
         return ACTIVATIONS[self.activation](out if self.bias is None else out + self.bias)
 
 
-def load_dense(folder: Path, names: tuple[str, ...], size: int) -> tuple[DenseModule, ...]:
+@dataclass(frozen=True)
+class TokenWeights:
+    """A classifier of tokens: the weight that each has in a sparse vector."""
+
+    layer: DenseModule
+    pooling_type = "ALL"
+    labels = ("weight",)
+    activate = staticmethod(ACTIVATIONS["relu"])
+
+    def __call__(self, vectors: F32) -> F32:
+        """``vectors`` [..., hidden_size] -> [..., 1]."""
+        return self.layer(vectors)
+
+
+def load_dense(folder: Path, names: tuple[str, ...], size: int, weights: Path) -> tuple[DenseModule, ...]:
     """Reads the layers.
 
     Args:
         folder: The model's.
         names: Their folders in it, in order.
         size: Size of the vectors that the first one takes.
+        weights: Folder of the model's weights.
 
     Raises:
         ModelError: A file is missing or damaged, or sizes do not fit.
     """
     modules = []
     for name in names:
-        module = _load(folder / name)
-        if module.weight.shape[1] != size:
-            raise ModelError(f"{folder / name}: takes vectors of {module.weight.shape[1]} numbers, not of {size}")
+        module = load_linear(weights, size, "linear.") if name == OWN else _load(folder / name)
+        _check_size(module, size, folder / name)
         size = module.out_features
         modules.append(module)
     return tuple(modules)
+
+
+def load_linear(folder: Path, size: int, prefix: str = "") -> DenseModule:
+    """Reads a layer that has no configuration: its weight and its bias, if it has one.
+
+    Args:
+        folder: Holds them in safetensors files.
+        size: Size of the vectors that it takes.
+        prefix: Of the tensors' names.
+
+    Raises:
+        ModelError: As for ``load_dense``.
+    """
+    found = _read(folder, {f"{prefix}weight", f"{prefix}bias"})
+    weight, bias = found.get(f"{prefix}weight"), found.get(f"{prefix}bias")
+    if weight is None or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ModelError(f"{folder}: {prefix}weight and {prefix}bias are not those of a linear layer")
+    module = DenseModule(weight.numpy(), None if bias is None else bias.numpy(), "identity")
+    _check_size(module, size, folder)
+    return module
+
+
+def _check_size(module: DenseModule, size: int, path: Path) -> None:
+    if module.weight.shape[1] != size:
+        raise ModelError(f"{path}: takes vectors of {module.weight.shape[1]} numbers, not of {size}")
+
+
+def _read(folder: Path, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """Those of the named tensors that a folder holds, float32."""
+    stored = SafetensorsCheckpoint(folder).tensors(names, WeightsMapper())
+    return {tensor.name: tensor.read(torch.float32) for tensor in stored if tensor.name in names}
 
 
 def _load(folder: Path) -> DenseModule:
@@ -77,10 +126,9 @@ def _load(folder: Path) -> DenseModule:
     wanted: dict[str, tuple[int, ...]] = {"linear.weight": (outputs, inputs)}
     if fields.boolean("bias", True):
         wanted["linear.bias"] = (outputs,)
-    found = {}
-    for stored in SafetensorsCheckpoint(folder).tensors(wanted.keys(), WeightsMapper()):
-        if stored.name in wanted:
-            found[stored.name] = stored.read(torch.float32)
+    if fields.boolean("use_residual", False):
+        fields.bad("use_residual", "false")
+    found = _read(folder, wanted)
     for name, shape in wanted.items():
         if name not in found or tuple(found[name].shape) != shape:
             raise ModelError(f"{folder}: {name} is missing, or not of the shape {list(shape)}")

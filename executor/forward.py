@@ -123,7 +123,7 @@ class UploadedForward:
             "positions": states.rotary_positions(positions, token_slots),
             "logits_rows": ranges(ends - num_sampled, num_sampled),
             "query_start_loc": query_start_loc,
-            "seq_lens": (computed + counts).astype(np.int32),
+            "seq_lens": np.minimum(computed + counts, states.num_attended[slots]).astype(np.int32),
             **self._recent.columns(token_slots, positions, states.num_known + states.num_drafts),
         }
         adapters = states.adapters[slots]

@@ -26,6 +26,13 @@ TEXT_MODELS = {
 }
 """``model_type`` of ``text_config`` (in older Qwen-VL files, of config.json itself) -> the architecture."""
 
+COLBERT_MODELS = {
+    "bert": "ColBERTModel",
+    "modernbert": "ColBERTModernBertModel",
+    "xlm-roberta": "ColBERTJinaRobertaModel",
+}
+"""``model_type`` -> architecture of late interaction models, which call themselves ``HF_ColBERT``."""
+
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {
         "hidden_size": 4096,
@@ -91,4 +98,6 @@ def language_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         if fields.get("tie_word_embeddings") is True:
             values["tie_word_embeddings"] = True
         values = {**DEFAULTS.get(kind, {}), **values, "architectures": [TEXT_MODELS[kind]]}
+    if values["architectures"] == ["HF_ColBERT"] and isinstance(kind, str) and kind in COLBERT_MODELS:
+        values["architectures"] = [COLBERT_MODELS[kind]]
     return values

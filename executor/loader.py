@@ -21,12 +21,13 @@ from executor.base import Head, ModelError
 from executor.calibration import Sources, calibrate
 from executor.checkpoint import FLOATS, Checkpoint, SafetensorsCheckpoint, StoredTensor
 from executor.config import KV_CODE_NAMES, ModelConfig
-from executor.dense import DenseModule, load_dense
+from executor.dense import DenseModule, TokenWeights, load_dense, load_linear
 from executor.gguf import GGUFCheckpoint
 from executor.hf_config import DTYPES, HFConfig
 from executor.layers.context import ModelContext
 from executor.layers.moe import MoE
 from executor.layers.parameter import MISFIT, Part, ShardId, WeightParameter, named_weights, stored_module
+from executor.layers.pooler_head import PoolingHead, with_labels
 from executor.messages import PoolingSupport
 from executor.mmproj import VisionCheckpoint
 from executor.models.base import Model
@@ -62,6 +63,10 @@ class LoadedModel:
     """Longest sequence: as configured, else the model's maximum."""
     dense: tuple[DenseModule, ...] = ()
     """Layers that follow pooling."""
+    token_dense: tuple[DenseModule, ...] = ()
+    """Those that make vectors of tokens instead."""
+    token_weights: TokenWeights | None = None
+    """What weighs tokens for sparse vectors."""
     tower: VisionTower | None = None
     """Encodes images; None: the model is served for text alone."""
 
@@ -71,14 +76,20 @@ class LoadedModel:
         return self.dense[-1].out_features if self.dense else self.model.hidden_size or self.hf_config.hidden_size
 
     @property
+    def pooling_head(self) -> PoolingHead | TokenWeights | None:
+        """What classifies pooled states."""
+        return self.token_weights or self.model.pooling_head
+
+    @property
     def pooling(self) -> PoolingSupport:
         """What the model does with pooled states."""
-        head, layers = self.model.pooling_head, self.model.attention_layers()
+        head, layers = self.pooling_head, self.model.attention_layers()
+        labels = head.labels if isinstance(head, TokenWeights) else () if head is None else self.hf_config.labels
         return PoolingSupport(
             generates=split_architecture(self.hf_config.architecture)[1] == "lm",
             pooling_type=self.model.pooling_type,
             head_pooling="" if head is None else head.pooling_type,
-            labels=() if head is None else tuple(self.hf_config.labels),
+            labels=tuple(labels),
             needs_whole_prompts=any(not layer.shape.is_cached for layer in layers),
         )
 
@@ -130,11 +141,24 @@ def load_model(
     _log_formats(model)
     model.loaded()
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    dense = load_dense(Path(config.model), config.dense, model.hidden_size or hf_config.hidden_size)
+    size, folder = model.hidden_size or hf_config.hidden_size, Path(config.model)
+    dense = load_dense(folder, config.dense, size, Path(config.weights) if config.weights else folder)
+    token_dense = (load_linear(Path(config.token_dense), size),) if config.token_dense else dense
+    weights = TokenWeights(load_linear(Path(config.token_weights), size)) if config.token_weights else None
     tower = load_tower(config, context, attention_backend, progress)
     if tower is not None:
         weight_bytes += sum(parameter.nbytes for parameter in tower.parameters())
-    return LoadedModel(model.eval(), hf_config, weight_bytes, context.dtype, context.max_model_len, dense, tower)
+    return LoadedModel(
+        model.eval(),
+        hf_config,
+        weight_bytes,
+        context.dtype,
+        context.max_model_len,
+        dense,
+        token_dense,
+        weights,
+        tower,
+    )
 
 
 def prepare_model(
@@ -155,7 +179,8 @@ def prepare_model(
     """
     hf_config, checkpoint = open_model(config)
     model_class = resolve_model(hf_config.architecture, hf_config.values, config.model_impl)
-    hf_config = model_class.configure(hf_config)
+    head = split_architecture(hf_config.architecture)[1]
+    hf_config = with_labels(model_class.configure(hf_config), head)
     dtype = choose_dtype(config, hf_config, keeps_float32=model_class.keeps_float32)
     context = ModelContext(
         config=hf_config,
@@ -166,7 +191,7 @@ def prepare_model(
         max_model_len=choose_max_model_len(config, hf_config),
         communicator=communicator or _unconnected(parallel),
         kv_dtype=choose_kv_dtype(config.kv_cache_dtype, dtype),
-        head=split_architecture(hf_config.architecture)[1],
+        head=head,
         max_adapters=max_adapters,
     )
     return build_model(model_class, context, attention_backend), context, checkpoint

@@ -137,6 +137,9 @@ class ResolvedPoolingParams(Message, frozen=True):
     """Leading positions that are not pooled."""
     second_segment: int = 0
     """Position at which tokens of type 1 begin; 0: there are none."""
+    num_attended: int = 0
+    """Leading tokens to which all attend, of a model that needs whole prompts; the others attend to them without being
+    attended to. 0: all."""
 
     @property
     def needs_all_positions(self) -> bool:

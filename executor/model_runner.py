@@ -153,7 +153,8 @@ class ModelRunner:
         self.model = loaded.model
         self.vocab_size = loaded.hf_config.vocab_size
         self.max_model_len = loaded.max_model_len
-        self.dense = loaded.dense
+        self.pooling_head = loaded.pooling_head
+        self.dense, self.token_dense = loaded.dense, loaded.token_dense
         self.device = device
         self.groups = groups
         self.step_size = step_size
@@ -195,7 +196,7 @@ class ModelRunner:
             forced_outputs=self.forced_outputs,
             communicator=self.communicator,
         )
-        self.pooler = Pooler(max_num_seqs, self.model.pooling_head, self.dense)
+        self.pooler = Pooler(max_num_seqs, self.pooling_head, self.dense, self.token_dense)
         context = ProposerContext(ops.op_set("cpu").name, self.states, self.draft)
         self.speculation = Speculation(self.speculative, max_num_seqs, context)
         if not self.enforce_eager:

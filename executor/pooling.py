@@ -179,15 +179,22 @@ NOTHING_POOLED = Deferred.known(PoolerOutput())
 class Pooler:
     """Pools the hidden states of requests that ask for it. State is by slot and is reset by ``add``."""
 
-    def __init__(self, max_num_seqs: int, head: Head | None = None, dense: Sequence[Layer] = ()) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int,
+        head: Head | None = None,
+        dense: Sequence[Layer] = (),
+        token_dense: Sequence[Layer] = (),
+    ) -> None:
         """Creates the state.
 
         Args:
             max_num_seqs: Number of slots.
             head: The model's classifier.
             dense: Layers that follow pooling.
+            token_dense: Those that make vectors of tokens.
         """
-        self._head, self._dense = head, dense
+        self._head, self._dense, self._token_dense = head, dense, token_dense
         self._params: list[ResolvedPoolingParams | None] = [None] * max_num_seqs
         self._poolings: list[Pooling | None] = [None] * max_num_seqs
         self._is_active = np.zeros(max_num_seqs, np.bool_)
@@ -247,7 +254,8 @@ class Pooler:
                 continue
             result = entry.pooling.result()
             if np.isfinite(result).all():
-                vectors.append((entry.row, to_tensor(finish(result, entry.params, self._head, self._dense))))
+                dense = self._token_dense if entry.params.pooling_type == "ALL" else self._dense
+                vectors.append((entry.row, to_tensor(finish(result, entry.params, self._head, dense))))
             else:
                 row_errors.append(RowError(row=entry.row, message=BAD_STATES))
         return PoolerOutput(vectors, row_errors)

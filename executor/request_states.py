@@ -32,6 +32,8 @@ class RequestStates:
         """Number of requests that have used the slot: results of an earlier one must not reach its successor."""
         self.second_segments = np.zeros(max_num_seqs, np.int64)
         """Position at which tokens of type 1 begin; beyond every prompt if there are none."""
+        self.num_attended = np.zeros(max_num_seqs, np.int64)
+        """Number of leading tokens to which others attend; beyond every prompt if they attend to all."""
         self.adapters: I32 = np.zeros(max_num_seqs, np.int32)
         """Id of each request's adapter; 0: none."""
         self.params: list[ResolvedParams | None] = [None] * max_num_seqs
@@ -72,8 +74,9 @@ class RequestStates:
         self.num_computed[slot] = request.num_computed_tokens
         self.num_prompt[slot] = request.num_prompt_tokens
         self.adapters[slot] = request.lora_id
-        second = 0 if request.pooling_params is None else request.pooling_params.second_segment
-        self.second_segments[slot] = second or len(self.token_ids[slot])
+        pooling = request.pooling_params
+        self.second_segments[slot] = (0 if pooling is None else pooling.second_segment) or len(self.token_ids[slot])
+        self.num_attended[slot] = (0 if pooling is None else pooling.num_attended) or len(self.token_ids[slot])
         self._set_params(slot, request.params)
         self.axes.pop(slot, None)
         offsets = request.block_offsets or (0,) * len(self.block_tables)

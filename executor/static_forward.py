@@ -294,7 +294,7 @@ class StaticForward:
         columns["positions"][:num_tokens] = positions
         columns["query_start_loc"][1 : num_rows + 1] = ends
         columns["query_start_loc"][num_rows + 1 :] = num_tokens
-        columns["seq_lens"][:num_rows] = computed + counts
+        columns["seq_lens"][:num_rows] = np.minimum(computed + counts, states.num_attended[slots])
         columns["row_slots"][:num_rows] = slots
         columns["logits_rows"][:num_samples] = ranges(ends - num_sampled, num_sampled)
         columns["stored"][: len(self._stored)] = self._stored

@@ -91,7 +91,8 @@ class WeightsMapper:
     def without_logits(self) -> WeightsMapper:
         """The mapper for a checkpoint of a model without an output layer, or with a classifier in its place."""
         renames = [
-            (r"^score\.", "head.out."),
+            (r"^score\.0\.", "head.dense."),  # of reward models
+            (r"^(score\.2|score|v_head)\.", "head.out."),
             (r"^(?!model\.|head\.|lm_head\.|cls\.|pooler\.|vocab_|decoder\.)", "model."),
         ]
         return replace(self, renames=[*self.renames, *renames], ignored=[*self.ignored, r"^lm_head\.", r"^head\."])

@@ -48,6 +48,12 @@ def old_gte(config: Fields) -> None:
     old_rope(config)
 
 
+def old_jina(config: Fields) -> None:
+    """XLM-R's names, as the authors' code has them."""
+    config["rotary_emb_base"] = config.pop("rope_parameters")["rope_theta"]
+    config |= {"architectures": ["XLMRobertaModel"], "model_type": "xlm-roberta", "position_embedding_type": "rotary"}
+
+
 ENCODERS: Mapping[str, Family] = {
     "bert": Family("BertConfig", "BertModel", BERT, no_rope),
     "distilbert": Family(
@@ -84,6 +90,12 @@ ENCODERS: Mapping[str, Family] = {
         "GteModel",
         {**BERT, "max_position_embeddings": 512, "rope_parameters": {"rope_type": "default", "rope_theta": 3000.0}},
         old_gte,
+    ),
+    "jina": Family(
+        "JinaEmbeddingsV3Config",
+        "JinaEmbeddingsV3Model",
+        {**ROBERTA, "rope_parameters": {"rope_type": "default", "rope_theta": 3000.0}},
+        old_jina,
     ),
     "modernbert": Family(
         "ModernBertConfig",

@@ -350,11 +350,15 @@ class FakeEngineClient:
             self._rows.pop(index, None)
 
     def _pooled(self, message: EngineCoreRequest, params: ResolvedPoolingParams) -> EngineCoreOutput:
-        vector = fake_vector(i32(message.prompt_token_ids).tolist())[: params.dimensions]
+        prompt = i32(message.prompt_token_ids).tolist()
+        if params.pooling_type == "ALL" and not params.classifies:
+            vector = np.stack([fake_vector([token]) for token in prompt])[:, : params.dimensions]
+        else:
+            vector = fake_vector(prompt)[: params.dimensions]
         if params.classifies:
             vector = vector[: self.num_labels] + params.second_segment
         if params.normalize:
-            vector /= np.linalg.norm(vector)
+            vector /= np.linalg.norm(vector, axis=-1, keepdims=True)
         return EngineCoreOutput(
             index=message.index,
             first_output_index=0,

@@ -257,11 +257,16 @@ class Adapters:
         return await self.scaled(self._views[wanted.lora_name], wanted.lora_scale, is_bounded=False)
 
     async def load_all(self, entries: Sequence[str]) -> None:
-        """Loads the adapters that ``--lora-modules`` names.
+        """Loads the adapters that ``--lora-modules`` names, and those of tasks that the checkpoint holds.
 
         Raises:
             EngineDeadError: One cannot be loaded.
         """
+        for name, folder in self._model.tasks.items():
+            try:
+                await self.load(name, folder)
+            except RequestError as error:
+                raise EngineDeadError(f"task {name}: {error}", EXIT_MODEL) from None
         for module in lora_modules(entries):
             try:
                 path = await self._locate(module.path)

@@ -6,9 +6,9 @@ import asyncio
 import copy
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -28,10 +28,11 @@ from api.media.fetch import MediaAccess
 from api.media.model_images import MAX_IMAGES, ModelImages
 from api.model.chat_template import ChatTemplate
 from api.model.files import ModelFiles
+from api.model.late_interaction import LatePrompt
 from api.model.pooler import merge_pooler
 from api.model.tokenizer import Tokenizer
 from api.params.defaults import default_params
-from api.params.pooling import check_prompt_length
+from api.params.pooling import PoolingParams, PoolingTask, check_prompt_length, resolve_task
 from api.params.sampling import ModelLimits, SamplingParams, child_seed, resolve_max_tokens, resolve_shared_params
 from api.params.structured import StructuredOutputsParams, grammar_spec
 from api.params.thinking import PromptEnd, after_thought, thinking_budget
@@ -46,6 +47,8 @@ from engine_core.messages import (
     ResolvedParams,
     ResolvedPoolingParams,
 )
+
+T = TypeVar("T")
 
 logger = get_logger()
 
@@ -126,6 +129,10 @@ class ServedModel:
             host.helpers.append(self.images)
         self.pooler = merge_pooler(config.pooler_config, files.pooler)
         self.sentences = files.sentences
+        self.tasks = files.tasks
+        """Folders of adapters of tasks, which the checkpoint holds."""
+        self.has_token_layers = bool(files.token_layers)
+        """Whether layers of their own weigh tokens and make vectors of them (BGE-M3)."""
         self.pair_template = files.pair_template
 
     @property
@@ -179,6 +186,58 @@ class ServedModel:
             return 0
         return len(await self.tokenize(prompt, add_special_tokens=True)) - self.tokenizer.added_around(True)[1]
 
+    def pooling_params(self, task: PoolingTask, params: PoolingParams) -> ResolvedPoolingParams:
+        """The engine's parameters of a task.
+
+        Raises:
+            RequestError: The model cannot do it, or a parameter is out of range.
+        """
+        if task == "embed" and self.sentences.late is not None:
+            raise RequestError(
+                "the model makes a vector of each token, and none of the text; use /score, /rerank, or /pooling with "
+                "the task token_embed",
+                "task",
+            )
+        return resolve_task(task, params, self.pooler, self.limits)
+
+    @property
+    def usual_task(self) -> PoolingTask:
+        """What /pooling does unless a request says it."""
+        if self.sentences.late is not None:
+            return "token_embed"
+        own = self.limits.pooling.head_pooling
+        return "embed" if not own or self.has_token_layers else "token_classify" if own == "ALL" else "classify"
+
+    async def tokenize_late(self, text: str, *, is_query: bool, max_tokens: int = 0) -> LatePrompt:
+        """The prompt of a text for late interaction.
+
+        Args:
+            text: A query or a document.
+            is_query: Which of the two.
+            max_tokens: Truncate it to this many tokens; 0: as the model's files say.
+
+        Raises:
+            RequestError: It is too long judging by its number of characters, or not valid text.
+        """
+        late = self.sentences.late
+        assert late is not None
+        check_number(len(text), max(MAX_TEXT_CHARS, self.limits.max_model_len), "prompt", "characters")
+        most = max_tokens or (late.query_length if is_query else late.document_length)
+        encode = partial(
+            late.query if is_query else late.document, self.tokenizer, text, min(most, self.limits.max_model_len)
+        )
+        return await self._tokenized(len(text), encode)
+
+    async def _tokenized(self, length: int, encode: Callable[[], T]) -> T:
+        """Tokenises here if there is little text, else in a thread."""
+        try:
+            if length <= INLINE_TEXT:
+                await self.host.spend_turn(length)  # one request may have thousands of texts
+                return encode()
+            return await asyncio.get_running_loop().run_in_executor(self.host.threads, encode)
+        except ValueError as error:
+            raise RequestError(f"the prompt is not valid text: {error}", "prompt") from error
+
     async def tokenize(self, text: str, *, add_special_tokens: bool, any_length: bool = False) -> list[int]:
         """Token ids of a text that fits the model.
 
@@ -200,15 +259,7 @@ class ServedModel:
                 f"This model's maximum context length is {self.limits.max_model_len} tokens. However, your prompt has "
                 f"{len(text)} characters, which is more than fit in that many tokens. Please shorten the prompt.",
             )
-        try:
-            if len(text) <= INLINE_TEXT:
-                await self.host.spend_turn(len(text))  # one request may have thousands of texts
-                tokens = self.tokenizer.encode(text, add_special_tokens)
-            else:
-                loop = asyncio.get_running_loop()
-                tokens = await loop.run_in_executor(self.host.threads, self.tokenizer.encode, text, add_special_tokens)
-        except ValueError as error:
-            raise RequestError(f"the prompt is not valid text: {error}", "prompt") from error
+        tokens = await self._tokenized(len(text), partial(self.tokenizer.encode, text, add_special_tokens))
         return tokens if self.images is None else self.images.filled_up(tokens)
 
     async def tokenize_pair(
@@ -233,13 +284,7 @@ class ServedModel:
             encode = partial(
                 self.pair_template.encode, self.tokenizer, first, second, max_tokens, max_second, instruction
             )
-        try:
-            if length <= INLINE_TEXT:
-                await self.host.spend_turn(length)
-                return encode()
-            return await asyncio.get_running_loop().run_in_executor(self.host.threads, encode)
-        except ValueError as error:
-            raise RequestError(f"the prompt is not valid text: {error}", "prompt") from error
+        return await self._tokenized(length, encode)
 
     async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool, field: str) -> str:
         """The text of any number of token ids.

@@ -78,6 +78,20 @@ class Serving:
             )
         return await self.adapters.scaled(model, scale, "lora_scale" if fields.lora is None else "lora")
 
+    def with_task(self, model: ServedModel, task: str | None) -> ServedModel:
+        """The model with the adapter of a task.
+
+        Raises:
+            RequestError: 400: it has none for this task.
+        """
+        if not task:
+            return model
+        view = self.adapters.find(task) if self.adapters is not None and task in model.tasks else None
+        if view is None or model.adapter is not None:
+            known = f"choose from {', '.join(model.tasks)}" if model.tasks else "the model has none"
+            raise RequestError(f"task {task[:100]!r} is unknown; {known}", "task")
+        return view
+
     def _listed(self, model: ServedModel, entries: Sequence[LoRAScale]) -> tuple[ServedModel, float]:
         """The model with the adapter that a list of scales turns on, and its scale."""
         views = [None if self.adapters is None else self.adapters.find_number(each.id) for each in entries]

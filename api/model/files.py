@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cached_property, partial
 from glob import escape
@@ -28,10 +28,11 @@ from api.model.mmproj import vision_part
 from api.model.pair_template import PairTemplate, pair_template
 from api.model.pickled_weights import PATTERN as PICKLED
 from api.model.pickled_weights import converted_folder, pickled_files
-from api.model.pooler import ModelPooler, SentenceConfig, find_pooler
+from api.model.pooler import METADATA, MULTI_VECTOR, SPARSE, ModelPooler, SentenceConfig, find_pooler
+from api.model.task_adapters import MAX_TASK_RANK, task_adapters
 from api.model.tokenizer import Tokenizer, read_chat_template
 from api.parsers.detect import AUTO, detect_reasoning_parser, detect_tool_parser
-from engine_core.config import ModelConfig, SpeculativeConfig, VisionFile
+from engine_core.config import LoRAConfig, ModelConfig, SpeculativeConfig, VisionFile
 from engine_core.launch import (
     ModelError,
     can_generate,
@@ -46,7 +47,7 @@ from engine_core.launch import (
 
 logger = get_logger()
 
-OTHER_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
+OTHER_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", METADATA, SPARSE, MULTI_VECTOR)
 WEIGHT_PATTERNS = {
     "auto": ("*.safetensors",),
     "dummy": (),
@@ -85,6 +86,10 @@ class ModelFiles:
     """``max_position_embeddings``, if config.json has it."""
     weights: Path | None = None
     """Folder of the weights if they were converted."""
+    token_layers: Mapping[str, Path] = field(default_factory=dict)
+    """Folders of converted layers that weigh tokens or make vectors of them, by their files' names (BGE-M3)."""
+    tasks: Mapping[str, Path] = field(default_factory=dict)
+    """Folders of the adapters of tasks that the checkpoint holds (Jina Embeddings 3)."""
     vision: VisionFile | None = None
     """The vision part of a GGUF model."""
     images: ImageSpec | None = None
@@ -136,12 +141,9 @@ def find_model(config: ServerConfig) -> ModelFiles:
             template = load_chat_template(config.chat_template)
         except ValueError as error:
             raise ModelFileError("--chat-template", str(error)) from error
-    pooler = find_pooler(path, gguf) if config.offers_pooling else ModelPooler()
-    for note in pooler.notes:
-        logger.warning("%s", note)
+    pooler = _pooler(config, path, gguf, fields)
     vision, images = _vision(config, path, gguf, fields)
-    own = {} if wanted else DEMO_GENERATION
-    generation_config, generation_config_file = _generation_config(config, path, own)
+    generation_config, generation_config_file = _generation_config(config, path, {} if wanted else DEMO_GENERATION)
     return ModelFiles(
         name=name,
         path=path,
@@ -157,9 +159,19 @@ def find_model(config: ServerConfig) -> ModelFiles:
         generates=not fields or can_generate(fields),
         longest=fields.get("max_position_embeddings"),
         weights=weights,
+        token_layers=_token_layers(path, config),
+        tasks=task_adapters(path, fields) if _needs_weights(config) else {},
         images=images,
         vision=vision,
     )
+
+
+def _pooler(config: ServerConfig, path: Path, gguf: GGUFFile | None, fields: Mapping[str, Any]) -> ModelPooler:
+    """What the model's files say about vectors, with a warning of what was ignored."""
+    pooler = find_pooler(path, gguf, fields) if config.offers_pooling else ModelPooler()
+    for note in pooler.notes:
+        logger.warning("%s", note)
+    return pooler
 
 
 def _vision(
@@ -196,7 +208,8 @@ def with_model(config: ServerConfig, files: ModelFiles) -> ServerConfig:
         # Logits are never computed, so models saved without an output layer can be loaded.
         model = replace(model, hf_overrides={**model.hf_overrides, "tie_word_embeddings": True})
     config = with_parsers(config, files.chat_template)
-    executor = replace(executor, model=model, speculative=_with_draft_model(config, files))
+    lora = _with_tasks(executor.lora, files.tasks)
+    executor = replace(executor, model=model, lora=lora, speculative=_with_draft_model(config, files))
     return replace(config, engine=replace(config.engine, executor=executor))
 
 
@@ -260,7 +273,15 @@ def _pooling_only(config: ServerConfig, files: ModelFiles, model: ModelConfig) -
     if length is None and sentences.max_length is not None and sentences.max_length < (files.longest or 0):
         length = sentences.max_length
     runner = "pooling" if config.runner == "auto" else config.runner
-    model = replace(model, hf_overrides=overrides, max_model_len=length, dense=sentences.dense)
+    folders = {name: str(path) for name, path in files.token_layers.items()}
+    model = replace(
+        model,
+        hf_overrides=overrides,
+        max_model_len=length,
+        dense=sentences.dense,
+        token_dense=folders.get(MULTI_VECTOR, ""),
+        token_weights=folders.get(SPARSE, ""),
+    )
     return replace(config, runner=runner), model
 
 
@@ -340,7 +361,7 @@ def _download(name: HubName, config: ServerConfig, *, tokenizer_only: bool) -> P
     files = hub.files()
     has_weights = any(file.endswith((".safetensors", ".bin", ".tensors")) for file in files)
     has_config = "config.json" in files or not files
-    needs_weights = load_format != "dummy" and executor.distributed_executor_backend != "simulated"
+    needs_weights = _needs_weights(config)
     if name.tag or name.file or load_format == "gguf":
         return _download_gguf(hub, name, files, config)
     if (
@@ -418,6 +439,27 @@ def _converted_weights(path: Path, config: ServerConfig) -> Path | None:
         return None
     files = pickled_files(path)
     return converted_folder(path, files) if files else None
+
+
+def _needs_weights(config: ServerConfig) -> bool:
+    executor = config.engine.executor
+    return executor.model.load_format != "dummy" and executor.distributed_executor_backend != "simulated"
+
+
+def _with_tasks(lora: LoRAConfig, tasks: Mapping[str, Path]) -> LoRAConfig:
+    """The configuration of adapters with room for those of tasks."""
+    if not tasks:
+        return lora
+    count, rank = len(tasks) + lora.max_loaded, max(lora.max_lora_rank, MAX_TASK_RANK)
+    return replace(lora, enable_lora=True, max_loras=count, max_cpu_loras=count, max_lora_rank=rank)
+
+
+def _token_layers(path: Path, config: ServerConfig) -> dict[str, Path]:
+    """The folders of the converted layers that BGE-M3's dense vectors do without."""
+    if not _needs_weights(config) or not config.offers_pooling or not path.is_dir():
+        return {}
+    files = [path / name for name in (SPARSE, MULTI_VECTOR)]
+    return {file.name: converted_folder(path, [file]) for file in files if file.is_file()}
 
 
 def _check_config(file: str | Path, config: ServerConfig, name: str | Path) -> dict[str, Any]:

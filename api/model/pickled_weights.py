@@ -54,7 +54,7 @@ def converted_folder(folder: Path, files: list[Path]) -> Path:
     Raises:
         ModelFileError: A file is damaged or holds more than tensors, or there is no room.
     """
-    target = cache_folder() / "converted" / f"{folder.name[:64]}-{_fingerprint(files)}"
+    target = cache_folder() / "converted" / f"{folder.name[:64]}-{fingerprint(files)}"
     if target.is_dir():
         return target
     size = sum(path.stat().st_size for path in files)
@@ -111,7 +111,7 @@ def cache_folder() -> Path:
     return Path(configured).expanduser() if configured else base
 
 
-def _fingerprint(files: list[Path]) -> str:
+def fingerprint(files: list[Path]) -> str:
     """Differs if a file does, judging by place, size and time of change."""
     digest = hashlib.sha256()
     for path in files:

@@ -1,17 +1,18 @@
 """Reads what a model's files say about its vectors: sentence-transformers' modules, or a key of a GGUF file.
 
-Understood are a transformer, then one pooling, then optionally dense layers and normalisation. Anything else is ignored
-as a whole, with a note that names the file.
+Understood are a transformer, then one pooling, then optionally dense layers and normalisation; for late interaction, a
+transformer and PyLate's dense layers. Anything else is ignored as a whole, with a note that names the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from api.config import PoolerConfig
 from api.model.gguf_file import GGUFFile
+from api.model.late_interaction import LateInteraction, from_metadata, from_pylate
 from engine_core.launch import read_json, why
 
 PoolingType = Literal["LAST", "MEAN", "CLS"]
@@ -21,6 +22,10 @@ POOLING = "1_Pooling/config.json"
 """The usual path of the pooling module's configuration."""
 SETTINGS = "config_sentence_transformers.json"
 TRANSFORMER = "sentence_bert_config.json"
+METADATA = "artifact.metadata"
+"""The settings of models of ColBERT's authors."""
+SPARSE, MULTI_VECTOR = "sparse_linear.pt", "colbert_linear.pt"
+"""BGE-M3's layers that weigh tokens, and that make vectors of them."""
 MAX_DOCUMENT = 1 << 20
 MAX_PROMPTS, MAX_PROMPT_CHARS = 256, 1 << 14
 MAX_DENSE = 8
@@ -50,6 +55,8 @@ class SentenceConfig(NamedTuple):
     """Maximum tokens of a text."""
     activation: str | None = None
     """Of a cross-encoder's scores: the name of a class of torch."""
+    late: LateInteraction | None = None
+    """How texts are compared token by token; None: by their vectors."""
 
 
 class ModelPooler(NamedTuple):
@@ -65,12 +72,20 @@ class _UnclearError(Exception):
     """A file cannot be expressed as a ``PoolerConfig``; the message names it and says why."""
 
 
-def find_pooler(path: Path, gguf: GGUFFile | None) -> ModelPooler:
+def is_colbert(fields: Mapping[str, Any]) -> bool:
+    """Whether config.json says that a model compares texts token by token."""
+    names = fields.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    return name == "HF_ColBERT" or name.startswith("ColBERT")
+
+
+def find_pooler(path: Path, gguf: GGUFFile | None, fields: Mapping[str, Any] | None = None) -> ModelPooler:
     """Reads a model's pooling configuration, as far as it is supported. Never rejects a model.
 
     Args:
         path: The model's folder or file.
         gguf: Its header, if it is a GGUF file.
+        fields: Contents of config.json.
     """
     if gguf is not None:
         return _from_gguf(gguf)
@@ -84,6 +99,8 @@ def find_pooler(path: Path, gguf: GGUFFile | None) -> ModelPooler:
     except _UnclearError as unclear:
         notes.append(f"{path}: {unclear}; ignored, so vectors differ from those that the model was trained for")
     try:
+        if sentences.late is None and is_colbert(fields or {}):
+            sentences = sentences._replace(dense=(".",), late=_from_metadata(path))
         sentences = _with_settings(path, sentences)
     except _UnclearError as unclear:
         notes.append(f"{path}: {unclear}; ignored")
@@ -105,6 +122,8 @@ def _with_settings(path: Path, sentences: SentenceConfig) -> SentenceConfig:
         sentences = sentences._replace(
             prompts=prompts, default_prompt=default, activation=activation if isinstance(activation, str) else None
         )
+        if sentences.late is not None and "query_prefix" in settings:
+            sentences = sentences._replace(late=_late(from_pylate, settings, SETTINGS))
     if (path / TRANSFORMER).exists():
         settings = _read(path, TRANSFORMER)
         length = settings.get("max_seq_length") if isinstance(settings, dict) else None
@@ -112,6 +131,20 @@ def _with_settings(path: Path, sentences: SentenceConfig) -> SentenceConfig:
             raise _UnclearError(f"{TRANSFORMER}: max_seq_length must be a number of tokens")
         sentences = sentences._replace(max_length=length)
     return sentences
+
+
+def _from_metadata(path: Path) -> LateInteraction:
+    settings = _read(path, METADATA) if (path / METADATA).exists() else {}
+    return _late(from_metadata, settings if isinstance(settings, dict) else {}, METADATA)
+
+
+def _late(
+    read: Callable[[Mapping[str, Any]], LateInteraction], settings: Mapping[str, Any], name: str
+) -> LateInteraction:
+    try:
+        return read(settings)
+    except ValueError as error:
+        raise _UnclearError(f"{name}: {error}") from error
 
 
 def merge_pooler(wanted: PoolerConfig, own: PoolerConfig) -> PoolerConfig:
@@ -139,24 +172,33 @@ def _from_modules(folder: Path) -> tuple[PoolerConfig, SentenceConfig]:
     kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
     if kinds == ["Transformer"]:
         return PoolerConfig(), SentenceConfig()
+    if kinds[:1] == ["Transformer"] and set(kinds[1:]) == {"Dense"} and len(kinds) <= 1 + MAX_DENSE:
+        names = _folders(folder, modules[1:])
+        return PoolerConfig(), SentenceConfig(dense=tuple(names), late=LateInteraction())
     normalizes = kinds[-1:] == ["Normalize"]
     dense = kinds[2 : len(kinds) - normalizes]
     if kinds[:2] != ["Transformer", "Pooling"] or set(dense) - {"Dense"} or len(dense) > MAX_DENSE:
         raise _UnclearError(
             f"{MODULES} has the modules {', '.join(kind[:40] for kind in kinds[:8])}, not all of which are supported"
         )
-    names = [module.get("path") for module in modules[1 : 2 + len(dense)]]
-    if not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise _UnclearError(f"{MODULES} has a module outside the model's folder")
-    for name in names[1:]:
-        if not (folder / name / "model.safetensors").is_file():
-            raise _UnclearError(f"{name} has no model.safetensors")
+    names = [*_folders(folder, modules[1:2], has_weights=False), *_folders(folder, modules[2 : 2 + len(dense)])]
     name = f"{names[0]}/config.json"
     fields = _read(folder, name)
     if not isinstance(fields, dict):
         raise _UnclearError(f"{name} is not a JSON object")
     config = PoolerConfig(pooling_type=_pooling_type(fields, name), use_activation=normalizes)
     return config, SentenceConfig(dense=tuple(names[1:]), pools_prompts=fields.get("include_prompt") is not False)
+
+
+def _folders(folder: Path, modules: list[dict[str, Any]], *, has_weights: bool = True) -> list[str]:
+    """The names of modules' folders."""
+    names = [module.get("path") for module in modules]
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise _UnclearError(f"{MODULES} has a module outside the model's folder")
+    for name in names:
+        if has_weights and not (folder / str(name) / "model.safetensors").is_file():
+            raise _UnclearError(f"{name} has no model.safetensors")
+    return [str(name) for name in names]
 
 
 def _pooling_type(fields: dict[str, Any], name: str) -> PoolingType:

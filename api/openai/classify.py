@@ -24,7 +24,7 @@ from api.openai.pooling_protocol import (
     PoolRequest,
     PoolResponse,
 )
-from api.params.pooling import PoolingParams, PoolingTask, resolve_task
+from api.params.pooling import PoolingParams
 
 CLASSIFY_DECODER = msgspec.json.Decoder(ClassifyRequest)
 POOL_DECODER = msgspec.json.Decoder(PoolRequest)
@@ -36,7 +36,7 @@ async def classify(request: Request) -> Response:
     body = await read_json(request, CLASSIFY_DECODER, serving.config.max_body_size)
     model = await serving.choose_model(body.model, body)
     wanted = body.activation if body.use_activation is None else body.use_activation
-    params = resolve_task("classify", PoolingParams(use_activation=wanted), model.pooler, model.limits)
+    params = model.pooling_params("classify", PoolingParams(use_activation=wanted))
     work = await start_pooling(model, request, body, params, "classify")
     return WholeAnswer(work, ClassifyReply(model, work))
 
@@ -46,9 +46,7 @@ async def pool(request: Request) -> Response:
     serving: Serving = request.app.state.serving
     body = await read_json(request, POOL_DECODER, serving.config.max_body_size)
     model = await serving.choose_model(body.model, body)
-    own = model.limits.pooling.head_pooling
-    usual: PoolingTask = "embed" if not own else "token_classify" if own == "ALL" else "classify"
-    params = embedding_params(model, body, body.task or usual)
+    params = embedding_params(model, body, body.task or model.usual_task)
     work = await start_pooling(model, request, body, params, "pool")
     return WholeAnswer(work, PoolReply(model, body, work))
 

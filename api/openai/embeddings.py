@@ -23,12 +23,12 @@ from api.http.stream import WholeAnswer
 from api.http.tenants import enter_queue
 from api.openai.completions import list_prompts
 from api.openai.images import pooled_images
-from api.openai.pooling import PoolingWork, check_count, pooling_prompt
+from api.openai.pooling import PoolingWork, check_count, is_query_prompt, late_work, pooling_prompt
 from api.openai.pooling_protocol import ClassifyRequest, Embedding, EmbeddingRequest, EmbeddingResponse
 from api.openai.prompts import render_messages
 from api.openai.protocol import ChatMessage
 from api.openai.sampling import answer_id
-from api.params.pooling import PoolingParams, PoolingTask, resolve_task
+from api.params.pooling import PoolingParams, PoolingTask
 from engine_core.messages import MultiModalFeature, ResolvedPoolingParams
 
 DECODER = msgspec.json.Decoder(EmbeddingRequest)
@@ -38,7 +38,9 @@ async def create_embedding(request: Request) -> Response:
     """Embeds texts or conversations."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, DECODER, serving.config.max_body_size)
-    model = await serving.choose_model(body.model, body)
+    model = serving.with_task(await serving.choose_model(body.model, body), body.task)
+    if body.prompt_name is None and body.task in model.sentences.prompts:
+        body.prompt_name = body.task
     work = await start_pooling(model, request, body, embedding_params(model, body), "embd")
     return WholeAnswer(work, EmbeddingReply(model, body, work))
 
@@ -49,7 +51,7 @@ def embedding_params(model: ServedModel, body: EmbeddingRequest, task: PoolingTa
         dimensions=body.dimensions,
         use_activation=body.normalize if body.use_activation is None else body.use_activation,
     )
-    return resolve_task(task, params, model.pooler, model.limits)
+    return model.pooling_params(task, params)
 
 
 async def start_pooling(
@@ -73,7 +75,9 @@ async def start_pooling(
     """
     if (body.input is None) == (body.messages is None):
         raise RequestError("exactly one of input and messages is required", "input")
-    params = msgspec.structs.replace(params, num_skipped=await model.num_skipped(body.prompt_name))
+    late = model.sentences.late is not None and params.pooling_type == "ALL"
+    if not late:
+        params = msgspec.structs.replace(params, num_skipped=await model.num_skipped(body.prompt_name))
     field = "input" if body.messages is None else "messages"
     enter_queue(request, model, body.user)
     texts, features = await _texts(model, body)
@@ -81,10 +85,13 @@ async def start_pooling(
     add_special_tokens = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
     if model.images is not None and model.images.spec.is_pooled:
         add_special_tokens = body.add_special_tokens is not False
+    work_id = answer_id(prefix, request, body.request_id)
+    if late and all(isinstance(text, str) for text in texts):
+        sides = [(cast("str", text), is_query_prompt(body.prompt_name), 0) for text in texts]
+        return await late_work(model, work_id, sides, params, body, field=field, tenant=tenant)
     prompts = [
         await pooling_prompt(model, body, text, field=field, add_special_tokens=add_special_tokens) for text in texts
     ]
-    work_id = answer_id(prefix, request, body.request_id)
     return PoolingWork(model, work_id, prompts, params, body, field=field, tenant=tenant, mm_features=features)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import replace
 
 from api.engine.queue_bound import NOBODY, Tenant
 from api.errors import RequestError
@@ -14,7 +15,8 @@ from api.generation.generation import EngineWork, WholeReply
 from api.generation.served_model import NO_IMAGES, ServedModel
 from api.model.tokenizer import NOTHING_ADDED
 from api.openai.pooling_protocol import PoolingRequest, PoolingUsage
-from api.params.truncation import truncate_prompt
+from api.params.pooling import PoolingTask, without_special
+from api.params.truncation import check_truncation, truncate_prompt
 from engine_core.messages import MultiModalFeature, ResolvedPoolingParams
 
 MAX_INPUTS = 2048
@@ -71,6 +73,52 @@ async def pooling_prompt(
     return array("i", prompt)
 
 
+def is_query_prompt(name: str | None) -> bool:
+    """Whether a text for late interaction is a query; unnamed texts are documents.
+
+    Raises:
+        RequestError: The name is neither.
+    """
+    if name not in (None, "", "query", "document"):
+        raise RequestError(f"prompt_name {name!r} is unknown; choose query or document", "prompt_name")
+    return name == "query"
+
+
+async def late_work(
+    model: ServedModel,
+    request_id: str,
+    texts: Sequence[tuple[str, bool, int]],
+    params: ResolvedPoolingParams,
+    request: PoolingRequest,
+    *,
+    field: str,
+    tenant: Tenant = NOBODY,
+) -> PoolingWork:
+    """The work on texts for late interaction.
+
+    Args:
+        model: The model.
+        request_id: See ``ServedModel.submit_pooling``.
+        texts: Texts, whether each is a query, and the most tokens of each; 0: as the model's files say.
+        params: How the prompts are pooled.
+        request: The body.
+        field: Name of the texts in errors.
+        tenant: Whom they are for.
+
+    Raises:
+        RequestError: A text is invalid.
+    """
+    check_truncation(request.truncate_prompt_tokens, model.limits)
+    most = max(0, request.truncate_prompt_tokens or 0)
+    prompts = [
+        await model.tokenize_late(text, is_query=is_query, max_tokens=own or most) for text, is_query, own in texts
+    ]
+    each = [replace(params, num_attended=prompt.num_attended) for prompt in prompts]
+    ids = [array("i", prompt.token_ids) for prompt in prompts]
+    kept = [prompt.kept for prompt in prompts]
+    return PoolingWork(model, request_id, ids, each, request, field=field, tenant=tenant, kept=kept)
+
+
 class PoolingWork(EngineWork):
     """The vectors of prompts."""
 
@@ -85,8 +133,10 @@ class PoolingWork(EngineWork):
         field: str,
         tenant: Tenant = NOBODY,
         mm_features: Mapping[int, tuple[MultiModalFeature, ...]] = NO_IMAGES,
+        kept: Sequence[list[int] | None] = (),
     ) -> None:
-        """See ``ServedModel.submit_pooling``."""
+        """See ``ServedModel.submit_pooling``. ``kept``: the tokens of each prompt whose vectors count."""
+        self._kept = kept
         self._mm_features = mm_features
         super().__init__(model, request_id, prompts, len(prompts))
         self._params = params
@@ -117,9 +167,16 @@ class PoolingWork(EngineWork):
     def vectors(self) -> list[npt.NDArray[np.float32]]:
         """float32 [dimensions], or [num_tokens, dimensions], per prompt, once all are done."""
         vectors = []
-        for state in self.states:
-            assert state.pooling_output is not None
-            vectors.append(state.pooling_output)
+        for number, state in enumerate(self.states):
+            vector = state.pooling_output
+            assert vector is not None
+            kept = self._kept[number] if self._kept else None
+            if kept is not None:
+                vector = vector[kept]
+            elif vector.ndim == 2 and self._model.has_token_layers:
+                task: PoolingTask = "token_classify" if vector.shape[1] == 1 else "token_embed"
+                vector = without_special(vector, self.prompts[number], self._model.tokenizer.all_special_ids, task)
+            vectors.append(vector)
         return vectors
 
     def usage(self) -> PoolingUsage:

@@ -58,6 +58,9 @@ class EmbeddingRequest(PoolingRequest, kw_only=True):
     """Number type for ``base64``. Default: float32."""
     endianness: Literal["native", "little", "big"] | None = None
     """Byte order for ``base64``. Default: native, that of the server, which is little-endian."""
+    task: Annotated[str, Meta(max_length=256)] | None = None
+    """A task of the model, such as ``retrieval.query``: it is computed with the task's adapter, and with its prompt
+    unless ``prompt_name`` is given."""
     add_special_tokens: bool | None = None
     """Add the tokenizer's special tokens, such as the start token. Default: true for ``input``, false for ``messages``,
     whose template writes them."""

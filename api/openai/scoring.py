@@ -1,7 +1,7 @@
 """POST /score and /rerank: similarity of texts.
 
 A cross-encoder reads both texts as one prompt and scores it. Other models have no relevance output, so a score is the
-cosine similarity of two embeddings.
+cosine similarity of two embeddings; with late interaction, the sum of the largest products of vectors of their tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from api.generation.serving import Serving
 from api.http.body import read_json
 from api.http.stream import WholeAnswer
 from api.http.tenants import enter_queue
-from api.openai.pooling import PoolingWork, check_count, pooling_prompt
+from api.model.late_interaction import max_sim
+from api.openai.pooling import PoolingWork, check_count, late_work, pooling_prompt
 from api.openai.pooling_protocol import (
     RerankDocument,
     RerankRequest,
@@ -33,7 +34,7 @@ from api.openai.pooling_protocol import (
     ScoreResponse,
 )
 from api.openai.sampling import answer_id
-from api.params.pooling import PoolingParams, cosine, pair_up, resolve_pooling, resolve_task
+from api.params.pooling import PoolingParams, cosine, is_cross_encoder, pair_up, resolve_pooling
 from api.params.truncation import check_truncation
 from engine_core.messages import ResolvedPoolingParams
 
@@ -97,14 +98,18 @@ def _side(body: ScoreRequest, names: Sequence[str]) -> tuple[str, list[str]]:
 class Comparison:
     """The prompts of a request, and the score of each of its pairs once they are pooled."""
 
-    def __init__(self, work: PoolingWork, pairs: Sequence[tuple[int, int]], num_queries: int | None) -> None:
+    def __init__(
+        self, work: PoolingWork, pairs: Sequence[tuple[int, int]], num_queries: int | None, *, is_late: bool = False
+    ) -> None:
         """Takes the work.
 
         Args:
             work: Has a prompt for each text, queries first; or one for each pair.
             pairs: Indexes of queries and documents.
             num_queries: How many prompts are queries; None: a prompt is a pair.
+            is_late: Compare the vectors of their tokens.
         """
+        self._is_late = is_late
         self.work = work
         self._pairs = pairs
         self._num_queries = num_queries
@@ -115,6 +120,8 @@ class Comparison:
         if self._num_queries is None:
             return [float(vector[0]) for vector in vectors]
         queries, documents = vectors[: self._num_queries], vectors[self._num_queries :]
+        if self._is_late:
+            return [max_sim(queries[query], documents[document]) for query, document in self._pairs]
         return [cosine(queries[query], documents[document]) for query, document in self._pairs]
 
 
@@ -139,15 +146,22 @@ async def _start(
     check_count(len(texts.queries), texts.query_field)
     check_count(len(texts.documents), texts.document_field)
     pairs = pair_up(len(texts.queries), len(texts.documents), texts.document_field)
-    is_cross = model.limits.pooling.head_pooling != ""
+    is_cross = is_cross_encoder(model.limits)
     count = len(pairs) if is_cross else len(texts.queries) + len(texts.documents)
     tenant = enter_queue(request, model, body.user, count)
     template = model.pair_template
     if body.instruction is not None and (not is_cross or template is None):
         raise RequestError("instruction: the model's prompts have no place for it; omit it", "instruction")
+    work_id = answer_id(prefix, request, body.request_id)
+    if model.sentences.late is not None:
+        sides = [(text, True, body.max_tokens_per_query or 0) for text in texts.queries]
+        sides += [(text, False, body.max_tokens_per_doc or 0) for text in texts.documents]
+        every = model.pooling_params("token_embed", PoolingParams())
+        work = await late_work(model, work_id, sides, every, body, field=texts.document_field, tenant=tenant)
+        return Comparison(work, pairs, len(texts.queries), is_late=True)
     params: ResolvedPoolingParams | list[ResolvedPoolingParams]
     if is_cross:
-        own = resolve_task("score", PoolingParams(use_activation=body.use_activation), model.pooler, model.limits)
+        own = model.pooling_params("score", PoolingParams(use_activation=body.use_activation))
         prompts, params = [], []
         for query, document in pairs:
             ids, second = await _pair_prompt(model, body, texts.queries[query], texts.documents[document])
@@ -156,7 +170,6 @@ async def _start(
     else:
         params = resolve_pooling(PoolingParams(), model.pooler, model.limits)
         prompts = await _separate_prompts(model, body, texts)
-    work_id = answer_id(prefix, request, body.request_id)
     work = PoolingWork(model, work_id, prompts, params, body, field=texts.document_field, tenant=tenant)
     return Comparison(work, pairs, None if is_cross else len(texts.queries))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
@@ -26,12 +27,14 @@ class PoolingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         use_activation: Scale the vector to length 1. None: as configured by ``--pooler-config``.
         truncate_prompt_tokens: Keep only this many of the last tokens of a longer prompt; -1: as many as fit the model.
         prompt_name: Name of a prompt in the model's files that precedes texts. None: their default; empty: none.
+        task: A task of the model, such as ``retrieval.query``, by whose adapter and prompt texts are embedded.
     """
 
     dimensions: int | None = None
     use_activation: bool | None = None
     truncate_prompt_tokens: int | None = None
     prompt_name: str | None = None
+    task: str | None = None
 
 
 def resolve_pooling(
@@ -75,7 +78,7 @@ def resolve_task(
         return resolve_pooling(params, pooler, limits, every_token=task == "token_embed")
     own = limits.pooling.head_pooling
     every_token = task == "token_classify"
-    if not own or every_token != (own == "ALL"):
+    if not own or (own not in ("ALL", "LAST") if every_token else own == "ALL"):
         has = "no classifier" if not own else "a classifier of tokens only" if own == "ALL" else "one of whole texts"
         raise RequestError(f"the model cannot do {task}: it has {has}", "task")
     count = len(limits.pooling.labels)
@@ -83,12 +86,15 @@ def resolve_task(
         raise RequestError(f"scores need a classifier with one label, the model's has {count}; use /classify", "task")
     if params.dimensions is not None:
         raise RequestError("dimensions is for embeddings only", "dimensions")
-    return ResolvedPoolingParams(pooling_type=own, normalize=params.use_activation is not False, classifies=True)
+    pooling_type = "ALL" if every_token else own
+    return ResolvedPoolingParams(
+        pooling_type=pooling_type, normalize=params.use_activation is not False, classifies=True
+    )
 
 
 def is_cross_encoder(limits: ModelLimits) -> bool:
-    """Whether a classifier scores pairs of texts; other models compare embeddings."""
-    return limits.pooling.head_pooling not in ("", "ALL") and len(limits.pooling.labels) == 1
+    """Whether a classifier of whole texts scores pairs; other models compare vectors."""
+    return limits.pooling.head_pooling not in ("", "ALL")
 
 
 def check_prompt_length(num_tokens: int, limits: ModelLimits) -> None:
@@ -102,6 +108,24 @@ def check_prompt_length(num_tokens: int, limits: ModelLimits) -> None:
             f"This model's maximum context length is {limits.max_model_len} tokens. However, your prompt contains "
             f"{num_tokens} input tokens. Please shorten the prompt or set truncate_prompt_tokens.",
         )
+
+
+def without_special(rows: F32, token_ids: Sequence[int], special: Collection[int], task: PoolingTask) -> F32:
+    """The rows of a prompt's own tokens, as BGE-M3 uses them: vectors of all but the token at the start, weights of all
+    but those at both ends.
+
+    Args:
+        rows: [num_tokens, any].
+        token_ids: The prompt.
+        special: Ids of special tokens.
+        task: token_embed or token_classify.
+    """
+    begin, end = 0, len(rows)
+    if begin < end and token_ids[begin] in special:
+        begin += 1
+    if task == "token_classify" and begin < end and token_ids[end - 1] in special:
+        end -= 1
+    return rows[begin:end]
 
 
 def cosine(x: F32, y: F32) -> float:

@@ -119,7 +119,8 @@ FIELDS: Mapping[str, str] = {
     "top_n": "Number of documents to return; 0: all.",
     "activation": "Old name of use_activation.",
     "prompt_name": "Name of the prompt in config_sentence_transformers.json to put before texts.",
-    "task": "embed, classify or score; for each token: token_embed or token_classify.",
+    "task": "Embeddings: a task of the model, such as retrieval.query. Pooling: embed, classify or score; for each "
+    "token: token_embed or token_classify.",
     "texts": "The texts.",
     "input_type": "Kind of the texts; search_query and search_document choose the model's prompt of that kind.",
     "embedding_types": "Forms of the vectors: float, base64.",

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from executor.base import Head
 from executor.hf_config import HFConfig
 from executor.layers.context import ModelContext
 from executor.layers.parameter import Part, WeightParameter, single
@@ -94,6 +95,13 @@ def score_activation(config: HFConfig) -> str:
     if kind == "regression":
         return "identity"
     return "sigmoid" if kind == "multi_label_classification" or count == 1 else "softmax"
+
+
+def with_labels(config: HFConfig, head: Head) -> HFConfig:
+    """The configuration with what the classifier of a reward model says, whatever the file names."""
+    if head == "reward":
+        return config.replaced(id2label={"0": "reward"}, problem_type="regression")
+    return config.replaced(id2label={"0": "bad", "1": "good"}, problem_type=None) if head == "process" else config
 
 
 class PoolingHead(nn.Module):

@@ -50,7 +50,7 @@ CATALOG = (
     ),
     Entry(
         "BERT, DistilBERT",
-        ("BertModel", "DistilBertModel"),
+        ("BertModel", "DistilBertModel", "ColBERTModel"),
         ("sentence-transformers/all-MiniLM-L6-v2", "BAAI/bge-small-en-v1.5", "cross-encoder/ms-marco-MiniLM-L6-v2"),
         limits=POOLING,
     ),
@@ -163,6 +163,12 @@ CATALOG = (
         gguf=("internlm2", "llama"),
     ),
     Entry(
+        "Jina Embeddings 3, Jina-ColBERT 2",
+        ("JinaEmbeddingsV3Model", "ColBERTJinaRobertaModel"),
+        ("jinaai/jina-embeddings-v3", "jinaai/jina-colbert-v2"),
+        limits=POOLING,
+    ),
+    Entry(
         "LFM2",
         ("Lfm2ForCausalLM",),
         ("LiquidAI/LFM2-350M", "LiquidAI/LFM2-1.2B"),
@@ -196,7 +202,7 @@ CATALOG = (
     Entry("Mixtral", ("MixtralForCausalLM",), ("mistralai/Mixtral-8x7B-Instruct-v0.1",), gguf=("llama",)),
     Entry(
         "ModernBERT",
-        ("ModernBertModel",),
+        ("ModernBertModel", "ColBERTModernBertModel"),
         ("nomic-ai/modernbert-embed-base", "Alibaba-NLP/gte-reranker-modernbert-base"),
         limits=POOLING,
     ),
@@ -248,7 +254,7 @@ CATALOG = (
     ),
     Entry(
         "RoBERTa, XLM-R",
-        ("RobertaModel", "XLMRobertaModel", "CamembertModel"),
+        ("RobertaModel", "XLMRobertaModel", "CamembertModel", "BgeM3EmbeddingModel"),
         ("sentence-transformers/all-distilroberta-v1", "intfloat/multilingual-e5-large", "BAAI/bge-reranker-v2-m3"),
         limits=POOLING,
     ),

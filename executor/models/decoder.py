@@ -229,6 +229,8 @@ class CausalDecoder(Model):
     """A decoder with an output layer; or, if the architecture names another one, with a head for pooled states."""
 
     decoder: ClassVar[type[Decoder]] = Decoder
+    reward_activation: ClassVar[str | None] = "relu"
+    """Between the two layers that compute a reward; None: there is one layer, without bias."""
     tied_modules = {"lm_head": "model.embed_tokens"}
     mapper = WeightsMapper(ignored=[ROTARY_BUFFERS])
 
@@ -242,6 +244,9 @@ class CausalDecoder(Model):
         elif context.head in ("sequence", "token"):
             is_of_tokens = context.head == "token"
             self.head = PoolingHead(context, "ALL" if is_of_tokens else "LAST", bias=is_of_tokens)
+        elif context.head in ("reward", "process"):
+            pooling, hidden = "ALL" if context.head == "process" else "LAST", self.reward_activation
+            self.head = PoolingHead(context, pooling, activation=hidden, bias=hidden is not None)
         self._answers = answer_ids(context.config) if context.head == "sequence" else None
         self.logit_scale, self.logit_softcap = parts.logit_scale, parts.logit_softcap
 

@@ -14,9 +14,12 @@ from executor.models.decoder import Decoder, DecoderParts, Norms
 
 POST_NORMS = Norms(after_attention="attention_norm", after_mlp="mlp_norm")
 """Norms of ``PostNormDecoderLayer``."""
-MLM_HEADS = [r"^cls\.", r"^lm_head\.", r"^head\.", r"^pooler\.", r"^decoder\.", r"^vocab_", r"\.position_ids$"]
-"""Names of tensors that pooling does not need, unless the model has them: those that predict masked tokens, and
-poolers."""
+MLM_HEADS = [
+    *(r"^cls\.", r"^lm_head\.", r"^head\.", r"^pooler\.", r"^decoder\.", r"^vocab_", r"\.position_ids$"),
+    r"^(model\.)?linear\.",
+]
+"""Names of tensors that the hidden states do not need, unless the model has them: those that predict masked tokens,
+poolers, and ColBERT's layer (``executor/dense.py``)."""
 
 
 class Encoder(Model):

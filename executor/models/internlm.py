@@ -14,6 +14,7 @@ from executor.models.llama import llama_parts
 
 
 class InternLM2ForCausalLM(CausalDecoder):
+    reward_activation = None
     config_defaults = {
         "eos_token_id": 2,
         "hidden_act": "silu",

@@ -15,9 +15,14 @@ if TYPE_CHECKING:  # the names are known without torch
 ENCODERS = {
     "CLIPModel": "executor.models.vision.clip:CLIPModel",
     "BertModel": "executor.models.bert:BertModel",
+    "BgeM3EmbeddingModel": "executor.models.bert:RobertaModel",
     "CamembertModel": "executor.models.bert:RobertaModel",
+    "ColBERTJinaRobertaModel": "executor.models.jina:JinaEmbeddingsV3Model",
+    "ColBERTModel": "executor.models.bert:BertModel",
+    "ColBERTModernBertModel": "executor.models.modernbert:ModernBertModel",
     "DistilBertModel": "executor.models.bert:DistilBertModel",
     "GteModel": "executor.models.nomic_bert:GteModel",
+    "JinaEmbeddingsV3Model": "executor.models.jina:JinaEmbeddingsV3Model",
     "MPNetModel": "executor.models.bert:MPNetModel",
     "ModernBertModel": "executor.models.modernbert:ModernBertModel",
     "NewModel": "executor.models.nomic_bert:GteModel",
@@ -130,6 +135,8 @@ def tower_of(fields: Mapping[str, Any]) -> str | None:
 HEADS: dict[str, Head] = {
     "ForMaskedLM": "none",
     "ForPreTraining": "none",
+    "ForProcessRewardModel": "process",
+    "ForRewardModel": "reward",
     "ForSequenceClassification": "sequence",
     "ForTokenClassification": "token",
     "Model": "none",
@@ -175,6 +182,8 @@ def implementation(architecture: str, fields: Mapping[str, Any], model_impl: str
         ModelError: The architecture is not supported.
     """
     base, head = split_architecture(architecture)
+    if base == "XLMRobertaModel" and fields.get("position_embedding_type") == "rotary":
+        base = "JinaEmbeddingsV3Model"
     if head != "lm" or (architecture in REGISTRY and model_impl != "transformers"):
         return (ENCODERS | REGISTRY)[base]
     shown = repr(architecture if len(architecture) <= 100 else f"{architecture[:100]}...")

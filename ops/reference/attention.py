@@ -114,7 +114,8 @@ def attend(
     """Attention of one request's last tokens over its context.
 
     Args:
-        q: [num_queries, num_heads, head_dim]: the last ``num_queries`` of ``seq_len`` tokens.
+        q: [num_queries, num_heads, head_dim]: the last ``num_queries`` of ``seq_len`` tokens; if ``shape`` is not
+            causal, the first ones, and those beyond ``seq_len`` attend to others without being attended to.
         k: [seq_len, num_kv_heads, head_dim].
         v: [seq_len, num_kv_heads, v_head_dim].
         sinks: [num_heads]; None: no sinks.
@@ -133,7 +134,8 @@ def attend(
     scores = scores * (shape.scale * shape.k_scale)
     if shape.logit_softcap:
         scores = torch.tanh(scores / shape.logit_softcap) * shape.logit_softcap
-    distance = torch.arange(seq_len - num_queries, seq_len).unsqueeze(1) - torch.arange(seq_len)
+    first = seq_len - num_queries if shape.causal else 0
+    distance = torch.arange(first, first + num_queries).unsqueeze(1) - torch.arange(seq_len)
     if shape.alibi_slopes is not None:
         slopes = torch.tensor(shape.alibi_slopes, device=scores.device).view(shape.num_kv_heads, -1, 1, 1)
         scores = scores - slopes * distance.to(scores.device)

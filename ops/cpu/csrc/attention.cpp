@@ -126,10 +126,12 @@ struct Request {
           num_queries(group.query_start_loc[index + 1] - first_token),
           seq_len(group.seq_lens[index]) {}
 
-    int position(int query) const { return seq_len - num_queries + query; }
+    // Queries are the last tokens. Where attention is not causal, they are the first ones, and those beyond seq_len
+    // attend to others without being attended to.
+    int position(const OctavoAttention& op, int query) const { return (op.causal ? seq_len - num_queries : 0) + query; }
 
     View view(const OctavoAttention& op, int query) const {
-        const int end = position(query) + 1;
+        const int end = position(op, query) + 1;
         if (!op.causal) {
             if (!op.window) return {0, seq_len};
             return {std::max(0, end - op.window), std::min(seq_len, end - 1 + op.window)};
@@ -321,7 +323,7 @@ public:
             const int head = head_of(tile, r);
             const float* biases = nullptr;  // of the first score
             if (op_.biases) {
-                const int position = request.position((tile.first_row + r) / group_size_);
+                const int position = request.position(op_, (tile.first_row + r) / group_size_);
                 biases = op_.biases + static_cast<int64_t>(2 * head + 1) * op_.bias_reach + extent.begin - position;
             }
             softmax(tile.rows, r, extent.units, view.begin - extent.begin, view.end - extent.begin,

@@ -122,7 +122,10 @@ void add_products(const Rows<T>& rows, const TileSums* tiles, int num_tiles, Rig
         const Panel panel = make_panel(right, blocks, part, buffer);
         for (int i = 0; i < num_tiles; ++i) {
             const Left<T> left = rows.tile(tiles[i].begin, tiles[i].count);
+            const TileSums& after = tiles[i + 1 < num_tiles ? i + 1 : 0];
+            const Left<T> next = rows.tile(after.begin, after.count);
             dot_panel(tiles[i].count, {left.data + k * left.block, left.row, left.block}, panel, blocks, k == 0, fetch,
+                      {next.data + k * next.block, next.row, after.sums + part * kPanelColumns},
                       tiles[i].sums + part * kPanelColumns);
             fetch.first += fetch.step * fetches;
         }

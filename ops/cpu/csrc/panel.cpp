@@ -9,7 +9,8 @@ namespace {
 constexpr int kHalves = kPanelColumns / kLanes;  // of 32 columns, in a panel
 
 template <int kNumRows>
-void panel_rows(const Left<float>& left, const Panel& panel, int blocks, bool first, Fetch fetch, float* result) {
+void panel_rows(const Left<float>& left, const Panel& panel, int blocks, bool first, Fetch fetch, const NextTile& next,
+                float* result) {
     Vec sums[kHalves][kNumRows];
     // Unrolled as in dot.cpp.
     for (int h = 0; h < kHalves; ++h) {
@@ -25,11 +26,16 @@ void panel_rows(const Left<float>& left, const Panel& panel, int blocks, bool fi
     const float* w = panel.data;
     for (int k = 0; k < blocks; ++k) {
         const float* x = left.data + k * left.block;
+        const bool is_last = k + 1 == blocks;
+        const float* ahead = is_last ? next.left : x + left.block;
+        const int64_t distance = is_last ? next.row : left.row;
         for (int r = 0; r < kNumRows; ++r) {
-            const uintptr_t next = address_of(x + left.block + r * left.row);
-            prefetch_l1(next);
-            prefetch_l1(next + kCacheLineBytes);
+            prefetch_l1(address_of(ahead + r * distance));
+            prefetch_l1(address_of(ahead + r * distance) + kCacheLineBytes);
         }
+        for (int r = 0; is_last && r < kNumRows; ++r)
+            for (int h = 0; h < kPanelColumns; h += kCacheLineBytes / static_cast<int>(sizeof(float)))
+                prefetch_l1(address_of(next.sums + r * kColumns + h));
 #pragma GCC unroll 4
         for (int s = 0; s < kBlock; ++s, ++x, w += panel.step) {
             if (s % 2 == 0) advance(fetch);
@@ -47,7 +53,7 @@ void panel_rows(const Left<float>& left, const Panel& panel, int blocks, bool fi
     }
 }
 
-using PanelRows = void (*)(const Left<float>&, const Panel&, int, bool, Fetch, float*);
+using PanelRows = void (*)(const Left<float>&, const Panel&, int, bool, Fetch, const NextTile&, float*);
 
 template <int... kIndices>
 PanelRows choose_rows(int rows, std::integer_sequence<int, kIndices...>) {
@@ -58,8 +64,8 @@ PanelRows choose_rows(int rows, std::integer_sequence<int, kIndices...>) {
 }  // namespace
 
 void dot_panel(int rows, const Left<float>& left, const Panel& panel, int blocks, bool first, Fetch fetch,
-               float* sums) {
-    choose_rows(rows, std::make_integer_sequence<int, kRows<float>>())(left, panel, blocks, first, fetch, sums);
+               const NextTile& next, float* sums) {
+    choose_rows(rows, std::make_integer_sequence<int, kRows<float>>())(left, panel, blocks, first, fetch, next, sums);
 }
 
 template <class T>

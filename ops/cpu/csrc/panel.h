@@ -32,9 +32,17 @@ struct Panel {
 template <class T>
 Panel make_panel(const Right<T>& right, int blocks, int part, float* buffer);
 
+// What the next call of `dot_panel` reads beside its panel: brought into the L1 cache at the end of this one.
+struct NextTile {
+    const float* left;
+    int64_t row;  // from one row to the next
+    const float* sums;
+};
+
 // sums[r][0..kPanelColumns] += left[r] * panel, or = if `first`. The rows of sums lie kColumns apart. 1 <= rows <=
 // kRows<float>. The rows of `left` lie in blocks of k as in `dot`.
-void dot_panel(int rows, const Left<float>& left, const Panel& panel, int blocks, bool first, Fetch fetch, float* sums);
+void dot_panel(int rows, const Left<float>& left, const Panel& panel, int blocks, bool first, Fetch fetch,
+               const NextTile& next, float* sums);
 
 // Cache lines that one call of `dot_panel` prefetches.
 constexpr int fetches_of_panel(int blocks) { return blocks * kBlock / 2; }

@@ -1,0 +1,72 @@
+"""Jina Embeddings 3 (Sturua et al., arXiv:2409.10173) and Jina-ColBERT 2: XLM-R with rotation.
+
+Checkpoints of the authors' own code may also hold adapters of tasks, in the form of torch's parametrisations.
+"""
+
+from __future__ import annotations
+
+from executor.layers.context import ModelContext
+from executor.layers.mlp import MLP
+from executor.layers.norm import LayerNorm
+from executor.layers.positions import TokenTypes
+from executor.layers.rotary import RotaryEmbedding
+from executor.layers.self_attention import SelfAttention
+from executor.models.base import WeightsMapper
+from executor.models.bert import BERT_DEFAULTS, EMBEDDINGS, first_token_head
+from executor.models.decoder import DecoderParts, PostNormDecoderLayer
+from executor.models.encoder import MLM_HEADS, POST_NORMS, Encoder
+
+
+class JinaEmbeddingsV3Model(Encoder):
+    attribute_map = {"rope_theta": "rotary_emb_base"}
+    config_defaults = {
+        **{name: value for name, value in BERT_DEFAULTS.items() if name != "position_embedding_type"},
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": 8194,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "type_vocab_size": 1,
+        "vocab_size": 250002,
+    }
+    mapper = WeightsMapper(
+        renames=[
+            (r"^roberta\.", ""),
+            (r"\.parametrizations\.weight\.original$", ".weight"),
+            *EMBEDDINGS[:4],
+            (r"^emb_ln\.", "model.embedding_norm."),
+            (r"^(encoder\.)?layers\.", "model.layers."),
+            (r"\.mixer\.Wqkv\.", ".self_attn.qkv_proj."),
+            (r"\.mixer\.out_proj\.", ".self_attn.o_proj."),
+            (r"\.norm1\.", ".attention_norm."),
+            (r"\.norm2\.", ".mlp_norm."),
+            (r"\.mlp\.fc1\.", ".mlp.up_proj."),
+            (r"\.mlp\.fc2\.", ".mlp.down_proj."),
+            (r"^classifier\.dense\.", "head.dense."),
+            (r"^classifier\.(out_proj\.)?", "head.out."),
+        ],
+        ignored=[*MLM_HEADS, r"\.parametrizations\."],
+    )
+
+    def __init__(self, context: ModelContext) -> None:
+        config = context.config
+        rotary, eps = RotaryEmbedding(context), config.epsilon("layer_norm_eps")
+        num_types = config.integer("type_vocab_size")
+
+        def attention(index: int, prefix: str) -> SelfAttention:
+            return SelfAttention(
+                context, rotary, qkv_bias=True, out_bias=True, is_fused=True, is_bidirectional=True, prefix=prefix
+            )
+
+        parts = DecoderParts(
+            attention,
+            lambda index, prefix: MLP(context, bias=True, prefix=prefix),
+            lambda size: LayerNorm(context, size, eps),
+            layer=PostNormDecoderLayer,
+            norms=POST_NORMS,
+            has_embedding_norm=True,
+            has_final_norm=False,
+            token_types=TokenTypes(context, num_types) if num_types else None,
+        )
+        super().__init__(context, parts, first_token_head(context))
