@@ -332,6 +332,13 @@ class ServerConfig(Config, frozen=True):
     limit_mm_per_prompt: Annotated[
         dict[str, int], Meta(description='Maximum number of images of a prompt, such as {"image": 4}. Default: 64.')
     ] = {}
+    mm_processor_kwargs: Annotated[
+        dict[str, object],
+        Meta(
+            description='Fields that override the image processor\'s file, such as {"max_pixels": 1003520}: smaller '
+            "images take less time."
+        ),
+    ] = {}
     allowed_media_domains: Annotated[
         list[str],
         Meta(

@@ -58,6 +58,7 @@ class LLMOptions(TypedDict, total=False):
     allowed_origins: list[str] | str
     mmproj: str
     limit_mm_per_prompt: dict[str, int]
+    mm_processor_kwargs: dict[str, object]
     allowed_media_domains: list[str] | str
     allowed_local_media_path: str
     allowed_hosts: list[str] | str
@@ -257,7 +258,6 @@ class LLMOptions(TypedDict, total=False):
     fault_tolerance_config: object
     watchdog_config: object
     media_io_kwargs: object
-    mm_processor_kwargs: object
     mm_processor_cache_gb: object
     mm_processor_cache_type: object
     mm_shm_cache_max_object_size_mb: object

@@ -155,7 +155,7 @@ TABLE = (
     (
         Verdict.NOTED,
         "images are processed in one way, without these options",
-        "media_io_kwargs mm_processor_kwargs mm_processor_cache_gb "
+        "media_io_kwargs mm_processor_cache_gb "
         "mm_processor_cache_type mm_shm_cache_max_object_size_mb mm_hasher_algorithm mm_encoder_tp_mode "
         "mm_encoder_attn_backend mm_encoder_attn_dtype mm_encoder_fp8_scale_path "
         "mm_encoder_fp8_scale_save_path mm_encoder_fp8_scale_save_margin interleave_mm_strings:bool "

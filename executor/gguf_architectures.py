@@ -113,7 +113,7 @@ def gemma4(fields: Fields, config: Config) -> None:
 
 
 def axes(fields: Fields, config: Config) -> None:
-    """Qwen2-VL and Qwen3-VL: the angles that each axis of a position turns. Positions of text are equal on all axes."""
+    """Qwen2-VL, Qwen3-VL and Qwen3.5: the angles that each axis of a position turns. Text's are equal on all axes."""
     arch = config["model_type"]
     name = Keys.Rope.DIMENSION_SECTIONS.format(arch=arch)
     if fields.has(name):
@@ -452,6 +452,7 @@ def qwen3_next(fields: Fields, config: Config) -> None:
 def qwen35(fields: Fields, config: Config) -> None:
     """llama.cpp has the heads of values in another order: first the first of each key head."""
     qwen3_next(fields, config)
+    axes(fields, config)
     config["has_tiled_heads"] = True
 
 

@@ -83,7 +83,7 @@ OFFSET_NORM = "soft_emb_norm.weight"
 """A norm to whose weight the converter adds 1, which the model does itself."""
 SECOND_FRAME = "v.patch_embd.weight.1"
 """What patches of an image's second frame are multiplied with, in files of models that also see films."""
-DEEPSTACK = re.compile(r"^v\.deepstack\.(\d+)\.(.*)$")
+DEEPSTACK = re.compile(r"^v\.deepstack\.(\d{1,6})\.(.*)$")
 ROTATED = re.compile(r"\.attn_[qk]\.weight$")
 Q_PROJECTION = re.compile(r"\.attn_q\.(weight|bias)$")
 

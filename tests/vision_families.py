@@ -149,6 +149,7 @@ QWEN3: Fields = {
     "tie_word_embeddings": False,
 }
 QWEN_PROCESSOR: Fields = {"patch_size": 4, "min_pixels": 256, "max_pixels": 2048}
+QWEN3_PROCESSOR: Fields = {**QWEN_PROCESSOR, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 VISION: Mapping[str, VisionFamily] = {
     "llava": VisionFamily("Llava", {"text_config": LLAVA_TEXT, "vision_config": CLIP}, LLAVA_PROCESSOR, _llava),
     "llava_layers": VisionFamily(
@@ -240,7 +241,20 @@ VISION: Mapping[str, VisionFamily] = {
     "qwen3_vl": VisionFamily(
         "Qwen3VL",
         {"text_config": text("qwen3", rope_parameters=INTERLEAVED), **QWEN3},
-        {**QWEN_PROCESSOR, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
+        QWEN3_PROCESSOR,
+        _qwen,
+    ),
+    "qwen3_5": VisionFamily(
+        "Qwen3_5",
+        {
+            "text_config": text(
+                "qwen3_5",
+                rope_parameters={**INTERLEAVED, "partial_rotary_factor": 0.5, "mrope_section": [3, 3, 2]},
+            ),
+            "vision_config": {**QWEN3["vision_config"], "deepstack_visual_indexes": []},
+            "tie_word_embeddings": False,
+        },
+        QWEN3_PROCESSOR,
         _qwen,
     ),
     "qwen3_vl_moe": VisionFamily(
@@ -255,7 +269,7 @@ VISION: Mapping[str, VisionFamily] = {
             },
             **QWEN3,
         },
-        {**QWEN_PROCESSOR, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
+        QWEN3_PROCESSOR,
         _qwen,
     ),
 }

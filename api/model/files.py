@@ -185,11 +185,11 @@ def _vision(
     if config.engine.executor.model.language_model_only:
         return None, None
     if not config.mmproj:
-        return None, None if gguf is not None else read_image_spec(path, fields)
+        return None, None if gguf is not None else read_image_spec(path, fields, config.mm_processor_kwargs)
     if gguf is None:
         raise ModelFileError("--mmproj", "belongs to a GGUF model; others have their vision part in their own files")
     file = read_gguf(Path(config.mmproj).expanduser())
-    own, images = vision_part(file, gguf)
+    own, images = vision_part(file, gguf, config.mm_processor_kwargs)
     return VisionFile(path=file.path, header=file.header(), fields=own), images
 
 

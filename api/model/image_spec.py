@@ -164,12 +164,15 @@ class _Section:
         return value
 
 
-def read_image_spec(folder: Path, fields: Mapping[str, Any]) -> ImageSpec | None:
+def read_image_spec(
+    folder: Path, fields: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> ImageSpec | None:
     """The processor of a model's images; None: the model takes none, or none that is supported.
 
     Args:
         folder: The model's files.
         fields: Its config.json.
+        overrides: Fields that take precedence over those of the processor's file.
 
     Raises:
         ModelFileError: A file is damaged or asks for the impossible.
@@ -179,6 +182,7 @@ def read_image_spec(folder: Path, fields: Mapping[str, Any]) -> ImageSpec | None
     if read is None:
         return None
     path, values = _processor_fields(folder)
+    values = {**values, **(overrides or {})}
     return read(_Section(values, path), *_sections(fields, folder / "config.json"))
 
 
@@ -411,6 +415,8 @@ FAMILIES: Mapping[str, Callable[[_Section, _Section, _Section], ImageSpec | None
     "LlavaNextForConditionalGeneration": _llava_next,
     "Qwen2VLForConditionalGeneration": _qwen2_vl,
     "Qwen2_5_VLForConditionalGeneration": _qwen2_vl,
+    "Qwen3_5ForConditionalGeneration": _qwen3_vl,
+    "Qwen3_5MoeForConditionalGeneration": _qwen3_vl,
     "Qwen3VLForConditionalGeneration": _qwen3_vl,
     "Qwen3VLMoeForConditionalGeneration": _qwen3_vl,
     "SiglipModel": _siglip,

@@ -8,7 +8,7 @@ from typing import Any
 
 from api.errors import ModelFileError
 from api.model.gguf_file import GGUFFile
-from api.model.image_spec import ImageSpec, image_spec
+from api.model.image_spec import MAX_QWEN_TOKENS, ImageSpec, image_spec
 from engine_core.config import projector_type
 
 Fields = dict[str, Any]
@@ -35,6 +35,9 @@ TOKENS = {
 """The text of the token whose embedding an image provides."""
 
 
+MAX_SIZE = 1 << 20
+
+
 class VisionHeader:
     """The header of an mmproj file."""
 
@@ -55,6 +58,17 @@ class VisionHeader:
         value = self.metadata.get(f"clip.vision.{name}", default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise self.fail(f"clip.vision.{name} is missing, or not a positive number")
+        return value
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """An integer of ``clip.vision``.
+
+        Raises:
+            ModelFileError: It is missing, or no integer from 1 to 1,048,576.
+        """
+        value = self.number(name, default)
+        if not isinstance(value, int) or value > MAX_SIZE:
+            raise self.fail(f"clip.vision.{name} must be an integer from 1 to {MAX_SIZE}")
         return value
 
     def numbers(self, name: str) -> list[int]:
@@ -94,19 +108,19 @@ class VisionHeader:
     @property
     def num_layers(self) -> int:
         """Layers in the file."""
-        found = (BLOCK.match(name) for name in self.shapes)
-        return 1 + max((int(match[1]) for match in found if match), default=-1)
+        return len({match[1] for match in map(BLOCK.match, self.shapes) if match})
 
 
 BLOCK = re.compile(r"v\.blk\.(\d+)\.")
 
 
-def vision_part(file: GGUFFile, text: GGUFFile) -> tuple[Fields, ImageSpec]:
+def vision_part(file: GGUFFile, text: GGUFFile, overrides: Mapping[str, Any] | None = None) -> tuple[Fields, ImageSpec]:
     """The configuration of a vision part, as config.json would have it, and its processor.
 
     Args:
         file: The header of the mmproj file.
         text: That of the language model.
+        overrides: Fields of the processor that take precedence.
 
     Raises:
         ModelFileError: The file is none, or of a kind that is not supported.
@@ -128,7 +142,7 @@ def vision_part(file: GGUFFile, text: GGUFFile) -> tuple[Fields, ImageSpec]:
     fields["image_token_id"] = token_id(text, TOKENS[kind], substitute(kind, text))
     fields["boi_token_index"] = token_id(text, "<start_of_image>", 255999)
     fields["eoi_token_index"] = token_id(text, "<end_of_image>", 256000)
-    return fields, image_spec(fields, processor, file.path)
+    return fields, image_spec(fields, {**processor, **(overrides or {})}, file.path)
 
 
 def substitute(kind: str, text: GGUFFile) -> int | None:
@@ -169,16 +183,16 @@ GEMMA3_POOL = 4
 
 def _encoder(header: VisionHeader, fields: Fields, model_type: str, eps: float) -> int:
     """CLIP's or SigLIP's encoder; returns its pixels in each direction."""
-    size: int = header.number("image_size")
+    size = header.size("image_size")
     fields["vision_config"] = {
         "model_type": model_type,
-        "hidden_size": header.number("embedding_length"),
-        "intermediate_size": header.number("feed_forward_length"),
-        "num_hidden_layers": header.number("block_count"),
-        "num_attention_heads": header.number("attention.head_count"),
+        "hidden_size": header.size("embedding_length"),
+        "intermediate_size": header.size("feed_forward_length"),
+        "num_hidden_layers": header.size("block_count"),
+        "num_attention_heads": header.size("attention.head_count"),
         "layer_norm_eps": header.number("attention.layer_norm_epsilon", eps),
         "image_size": size,
-        "patch_size": header.number("patch_size"),
+        "patch_size": header.size("patch_size"),
     }
     return size
 
@@ -186,19 +200,17 @@ def _encoder(header: VisionHeader, fields: Fields, model_type: str, eps: float) 
 def _gemma3(header: VisionHeader, fields: Fields, processor: Fields) -> int:
     size = _encoder(header, fields, "siglip_vision_model", 1e-6)
     processor["size"] = {"height": size, "width": size}
-    side = size // header.number("patch_size") // header.number("projector.scale_factor", GEMMA3_POOL)
+    side = size // header.size("patch_size") // header.size("projector.scale_factor", GEMMA3_POOL)
     fields["mm_tokens_per_image"] = max(1, side) ** 2
-    width: int = header.number("projection_dim")
-    return width
+    return header.size("projection_dim")
 
 
 def _idefics3(header: VisionHeader, fields: Fields, processor: Fields) -> int:
     size = _encoder(header, fields, "siglip_vision_model", 1e-6)
-    fields["scale_factor"] = header.number("projector.scale_factor")
+    fields["scale_factor"] = header.size("projector.scale_factor")
     processor["max_image_size"] = {"longest_edge": size}
-    processor["size"] = {"longest_edge": header.number("preproc_image_size", 4 * size)}
-    width: int = header.number("projection_dim")
-    return width
+    processor["size"] = {"longest_edge": header.size("preproc_image_size", 4 * size)}
+    return header.size("projection_dim")
 
 
 def _llava(header: VisionHeader, fields: Fields, processor: Fields) -> int:
@@ -231,21 +243,21 @@ def _pixtral(header: VisionHeader, fields: Fields, processor: Fields) -> int:
     fields["multimodal_projector_bias"] = "mm.1.bias" in header.shapes
     if "mm.patch_merger.weight" in header.shapes:
         fields["architectures"] = ["Mistral3ForConditionalGeneration"]
-        fields["spatial_merge_size"] = header.number("spatial_merge_size", 2)
+        fields["spatial_merge_size"] = header.size("spatial_merge_size", 2)
     processor["size"] = {"longest_edge": size}
     return header.rows("mm.2.weight")
 
 
 def _qwen(header: VisionHeader, fields: Fields, processor: Fields) -> int:
     """What Qwen's towers have in common."""
-    patch_size, merge_size = header.number("patch_size"), header.number("spatial_merge_size", 2)
+    patch_size, merge_size = header.size("patch_size"), header.size("spatial_merge_size", 2)
     width = header.rows("mm.2.weight")
     fields["vision_config"] = {
-        "depth": header.number("block_count"),
+        "depth": header.size("block_count"),
         "hidden_act": header.activation,
-        "hidden_size": header.number("embedding_length"),
+        "hidden_size": header.size("embedding_length"),
         "intermediate_size": header.inner_size,
-        "num_heads": header.number("attention.head_count"),
+        "num_heads": header.size("attention.head_count"),
         "out_hidden_size": width,
         "patch_size": patch_size,
         "spatial_merge_size": merge_size,
@@ -254,23 +266,31 @@ def _qwen(header: VisionHeader, fields: Fields, processor: Fields) -> int:
     processor |= {"patch_size": patch_size, "merge_size": merge_size}
     for name, limit in (("min_pixels", "image_min_pixels"), ("max_pixels", "image_max_pixels")):
         if f"clip.vision.{limit}" in header.metadata:
-            processor[name] = header.number(limit)
+            processor[name] = min(header.number(limit), 1 << 26)
     return width
 
 
 def _qwen2_vl(header: VisionHeader, fields: Fields, processor: Fields) -> int:
     width = _qwen(header, fields, processor)
+    processor["size"] = qwen_sizes(processor)
     vision = fields["vision_config"]
     vision |= {"embed_dim": vision["hidden_size"], "mlp_ratio": vision["intermediate_size"] / vision["hidden_size"]}
     vision["hidden_size"] = width
     return width
 
 
+def qwen_sizes(processor: Fields) -> Fields:
+    """Pixels of images, as the released models have them: from 4 tokens to as many as are possible."""
+    cell = (processor["patch_size"] * processor["merge_size"]) ** 2
+    return {"shortest_edge": 4 * cell, "longest_edge": MAX_QWEN_TOKENS * cell}
+
+
 def _qwen2_5_vl(header: VisionHeader, fields: Fields, processor: Fields) -> int:
     width = _qwen(header, fields, processor)
-    vision, every = fields["vision_config"], header.number("n_wa_pattern")
+    processor["size"] = qwen_sizes(processor)
+    vision, every = fields["vision_config"], header.size("n_wa_pattern")
     vision["fullatt_block_indexes"] = list(range(every - 1, vision["depth"], every))
-    vision["window_size"] = header.number("window_size", 112)
+    vision["window_size"] = header.size("window_size", 112)
     return width
 
 
@@ -285,7 +305,7 @@ def _qwen3_vl(header: VisionHeader, fields: Fields, processor: Fields) -> int:
     return width
 
 
-DEEPSTACK = re.compile(r"v\.deepstack\.(\d+)\.")
+DEEPSTACK = re.compile(r"v\.deepstack\.(\d{1,6})\.")
 CONFIGURE: Mapping[str, Callable[[VisionHeader, Fields, Fields], int]] = {
     "gemma3": _gemma3,
     "idefics3": _idefics3,

@@ -250,7 +250,7 @@ CATALOG = (
         ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
         ("Qwen/Qwen3-Next-80B-A3B-Instruct", "Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-35B-A3B"),
         gguf=("qwen35", "qwen35moe", "qwen3next"),
-        limits=f"text only; {RECURRENT}",
+        limits=RECURRENT,
     ),
     Entry(
         "RoBERTa, XLM-R",

@@ -102,6 +102,8 @@ TOWERS = {
     "LlavaNextForConditionalGeneration": "executor.models.vision.llava:LlavaNextTower",
     "Qwen2VLForConditionalGeneration": "executor.models.vision.qwen2_vl:Qwen2VLTower",
     "Qwen2_5_VLForConditionalGeneration": "executor.models.vision.qwen2_vl:Qwen25VLTower",
+    "Qwen3_5ForConditionalGeneration": "executor.models.vision.qwen3_vl:Qwen35Tower",
+    "Qwen3_5MoeForConditionalGeneration": "executor.models.vision.qwen3_vl:Qwen35Tower",
     "Qwen3VLForConditionalGeneration": "executor.models.vision.qwen3_vl:Qwen3VLTower",
     "Qwen3VLMoeForConditionalGeneration": "executor.models.vision.qwen3_vl:Qwen3VLTower",
     "SiglipModel": "executor.models.vision.siglip:SiglipTower",

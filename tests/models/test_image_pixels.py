@@ -232,6 +232,17 @@ def test_processors_in_files(tmp_path: Path, inner: bool) -> None:
     assert read_image_spec(tmp_path, {"architectures": ["LlamaForCausalLM"]}) is None
 
 
+def test_overridden_processors(tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_bytes(msgspec.json.encode({"size": {"longest_edge": 16}}))
+    config = {"architectures": ["Qwen3VLForConditionalGeneration"], "vision_config": {"patch_size": 4}}
+    limits = {"patch_size": 4, "min_pixels": 64, "max_pixels": 512}
+    spec = read_image_spec(tmp_path, config, limits)
+    assert spec is not None and spec.mean == (0.5, 0.5, 0.5)
+    assert spec.size == {"shortest_edge": 64, "longest_edge": 512}
+    with pytest.raises(ModelFileError, match="max_pixels must be a number"):
+        read_image_spec(tmp_path, config, {**limits, "max_pixels": "many"})
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,32 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     other = GGUFFile("text.gguf", {"general.architecture": "llama", "llama.embedding_length": 65}, [])
     with pytest.raises(ModelFileError, match=r"its embeddings have 64 numbers, text\.gguf's do not"):
         vision_part(read_gguf(path), other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "message"),
+    [
+        ("qwen2_5_vl", {"clip.vision.n_wa_pattern": 2.5}, "n_wa_pattern must be an integer"),
+        ("qwen2_vl", {"clip.vision.block_count": 1 << 30}, "block_count must be an integer from 1 to"),
+        ("qwen3_vl", {"clip.vision.patch_size": "8"}, "patch_size is missing, or not a positive number"),
+        ("llava", {"clip.vision.feature_layer": [0.5]}, "feature_layer is no list of integers"),
+        ("llava_next", {"clip.vision.image_grid_pinpoints": [28, 29]}, "image_grid_pinpoints must be a list"),
+        ("mistral3", {"clip.vision.image_size": 1}, "size must be an object with a longest_edge"),
+    ],
+)
+def test_headers_that_lie(tmp_path: Path, kind: str, wrong: dict[str, Any], message: str) -> None:
+    path = tmp_path / "mmproj.gguf"
+    write(kind, path)
+    file = read_gguf(path)
+    with pytest.raises(ModelFileError, match=message):
+        vision_part(replace(file, metadata={**file.metadata, **wrong}), text_header(kind))
+
+
+def test_llava_without_image_token(tmp_path: Path) -> None:
+    path = tmp_path / "mmproj.gguf"
+    write("llava", path)
+    fields, spec = vision_part(read_gguf(path), GGUFFile("text.gguf", {"tokenizer.ggml.tokens": ["<unk>", "a"]}, []))
+    assert (fields["image_token_id"], spec.image_token_id) == (0, 0)
 
 
 def test_gemma3_without_image_token(tmp_path: Path) -> None:

@@ -90,12 +90,13 @@ class Engine:
         self.encoded: list[str] = []
         self.images = self.runner.images
         self.images._requests, self.images._outputs = {}, {}
-        shapes = [GroupShape(num_tokens // BLOCK_SIZE, BLOCK_SIZE, None) for _ in self.runner.groups]
+        sizes = [group.block_size for group in self.runner.groups]
+        shapes = [GroupShape(num_tokens // BLOCK_SIZE, size, None) for size in sizes]
         self.runner.initialize(InitKVCache(tuple(shape.num_blocks for shape in shapes), MAX_LEN))
         self.scheduler = Scheduler(
             SchedulerConfig(max_num_seqs=MAX_SEQS, max_num_batched_tokens=step),
             CacheConfig(enable_prefix_caching=caching),
-            CacheShape(tuple(shapes)),
+            CacheShape(tuple(shapes), has_states=len(set(sizes)) > 1),
             MAX_LEN,
             multimodal=self.images.support,
         )
@@ -203,7 +204,7 @@ def test_neighbours_and_chunks_change_no_bit(name: str, step: int) -> None:
     for index, each in alone(name).items():
         assert (again[index + 10].tokens, again[index + 10].logprobs) == (each.tokens, each.logprobs)
     assert len(engine.encoded) == 2
-    assert again[14].num_cached >= BLOCK_SIZE
+    assert again[14].num_cached >= BLOCK_SIZE or name == "qwen3_5"  # whose states are kept for each 256 tokens
 
 
 @pytest.mark.parametrize("name", VISION)

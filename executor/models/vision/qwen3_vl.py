@@ -57,6 +57,7 @@ class Qwen3VLTower(Qwen2VLTower):
             for level in range(len(indexes))
         )
         self.num_levels = 1 + len(indexes)
+        self.row_bytes += 2 * len(indexes) * width * context.dtype.itemsize
 
     def captured(self) -> LayerStack:
         own = self.vision.config
@@ -101,3 +102,9 @@ class Qwen3VLTower(Qwen2VLTower):
         share = exact - low
         first = low.long()
         return [(first, 1 - share), ((first + 1).clamp(max=self.side - 1), share)]
+
+
+class Qwen35Tower(Qwen3VLTower):
+    """Qwen3.5's: nothing is added within the language model."""
+
+    vision_defaults = {**Qwen3VLTower.vision_defaults, "deepstack_visual_indexes": []}
