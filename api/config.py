@@ -590,16 +590,13 @@ def check_config(config: ServerConfig) -> None:
 def _check_ranks(executor: ExecutorConfig) -> None:
     """Refuses ways to share a model that do not exist yet."""
     parallel = executor.parallel
-    if parallel.pipeline_parallel_size > 1:
-        raise ConfigError(
-            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: pipeline stages are not supported yet; use "
-            "--tensor-parallel-size"
-        )
-    if parallel.tensor_parallel_size > 1 and executor.distributed_executor_backend != "mp":
-        raise ConfigError(
-            f"--tensor-parallel-size {parallel.tensor_parallel_size}: each rank is a process; use "
-            "--distributed-executor-backend mp"
-        )
+    sizes = {
+        "--tensor-parallel-size": parallel.tensor_parallel_size,
+        "--pipeline-parallel-size": parallel.pipeline_parallel_size,
+    }
+    for flag, size in sizes.items():
+        if size > 1 and executor.distributed_executor_backend != "mp":
+            raise ConfigError(f"{flag} {size}: each rank is a process; use --distributed-executor-backend mp")
 
 
 def _check_kv_cache_dtype(name: str) -> None:

@@ -68,7 +68,7 @@ class Admission:
         self._scheduler = scheduler
         self._vocab_size = min(worker.vocab_size for worker in ready)
         self._hidden_size = min(worker.hidden_size for worker in ready)
-        self._pooling = ready[0].pooling
+        self._pooling = max(ready, key=lambda worker: worker.rank).pooling  # the last pipeline stage pools
         early, self._early = self._early, {}
         for request in early.values():
             self.add(request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
+from msgspec.structs import replace
 
 from executor.config import (
     DEFAULT_STEP_TOKENS,
@@ -51,6 +52,11 @@ __all__ = [
 ]
 
 
+STAGE_STEP_TOKENS = DEFAULT_STEP_TOKENS // 2
+"""Default of ``--max-num-batched-tokens`` with pipeline stages: they have nothing to do before the first part of a
+prompt comes, nor after the last one."""
+
+
 class SchedulerConfig(Config, frozen=True):
     """Limits and policy of a step."""
 
@@ -61,13 +67,19 @@ class SchedulerConfig(Config, frozen=True):
         Positive | None,
         Meta(
             description="Maximum number of tokens computed per step, across all requests. Larger values make running "
-            "requests wait longer for prompts; a CPU gains nothing from them. Default: 512 on a CPU, 8192 on a GPU.",
+            "requests wait longer for prompts; a CPU gains nothing from them. Default: 512 on a CPU, 256 with "
+            "pipeline stages, 8192 on a GPU.",
             extra={"parse": "tokens"},
         ),
     ] = None
     max_in_flight_steps: Annotated[
         int,
-        Meta(ge=1, le=8, description="Steps in flight at a time. 1: planning does not overlap with compute."),
+        Meta(
+            ge=1,
+            le=8,
+            description="Steps in flight at a time, at least one more than pipeline stages, if there are several. 1: "
+            "planning does not overlap with compute.",
+        ),
     ] = 2
     scheduling_policy: Annotated[
         Literal["fcfs", "priority"],
@@ -161,3 +173,13 @@ class EngineConfig(Config, frozen=True):
     ] = 5
     num_replicas: Annotated[Positive, Meta(extra={"internal": True})] = 1
     """Engines on this machine, which share its cores and memory."""
+
+    def settled(self) -> EngineConfig:
+        """The configuration with what follows from the number of pipeline stages: at least one more step in flight."""
+        num_stages, scheduler = self.executor.parallel.pipeline_parallel_size, self.scheduler
+        if num_stages == 1:
+            return self
+        if scheduler.enable_chunked_prefill and scheduler.max_num_batched_tokens is None:
+            scheduler = replace(scheduler, max_num_batched_tokens=STAGE_STEP_TOKENS)
+        depth = max(scheduler.max_in_flight_steps, num_stages + 1)
+        return replace(self, scheduler=replace(scheduler, max_in_flight_steps=depth))

@@ -102,8 +102,12 @@ def create_executor(config: EngineConfig, ipc_dir: str, log_level: str, engine_e
     loaded.
     """
     factory: ExecutorFactory = resolve(REGISTRY, config.executor.distributed_executor_backend, "executor")
-    scheduler = config.scheduler
-    step_size = StepSize(max_num_seqs=scheduler.max_num_seqs, max_num_batched_tokens=scheduler.max_num_batched_tokens)
+    scheduler = config.settled().scheduler
+    step_size = StepSize(
+        max_num_seqs=scheduler.max_num_seqs,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        max_in_flight_steps=scheduler.max_in_flight_steps,
+    )
     loads_with_others = config.num_replicas > 1 and engine_epoch == 1
     executor = msgspec.structs.replace(
         config.executor,
@@ -144,7 +148,7 @@ class EngineCore:
             record: Flight record of the work in progress.
             watch: Detects hung workers.
         """
-        self.config = config
+        self.config = config.settled()
         self.executor = executor
         self.transport = transport
         self.engine_epoch = engine_epoch
@@ -520,6 +524,7 @@ class EngineCore:
                 num_lookahead_tokens=self.config.executor.num_lookahead_tokens,
                 multimodal=self._ready[0].multimodal,
                 adapters=AdapterPool(self.config.executor.lora, self.executor.num_ranks),
+                num_stages=self.config.executor.parallel.pipeline_parallel_size,
             )
             self._scheduler.on_admit = None if self._record is None else self._record.adding
             self._grammars.set_vocab_size(min(worker.vocab_size for worker in ready))

@@ -176,13 +176,15 @@ class _Sizes:
 def _kv_bytes(worker: WorkerReady, ready: list[WorkerReady], config: EngineConfig) -> int:
     """Bytes for the KV cache of a rank. Unless configured, leaves room for steps.
 
-    Ranks that share a machine's memory have parts of one cache: each gets as much as its blocks take.
+    Ranks that share a machine's memory have parts of one cache: each gets as much as its blocks take. The last one to
+    load its weights has seen what is left.
     """
     if not worker.shares_memory:
         return _bytes_of_caches([worker], config)
     blocks = [sum(spec.bytes_per_block for spec in rank.kv_cache_groups) for rank in ready]
     own = sum(spec.bytes_per_block for spec in worker.kv_cache_groups)
-    return _bytes_of_caches(ready, config) * own // max(1, sum(blocks))
+    by_memory = sorted(ready, key=lambda rank: rank.free_bytes)
+    return _bytes_of_caches(by_memory, config) * own // max(1, sum(blocks))
 
 
 def _bytes_of_caches(ranks: list[WorkerReady], config: EngineConfig) -> int:

@@ -56,6 +56,7 @@ def make_plan(config: EngineConfig, survey: Survey = survey) -> ServingPlan:
     Raises:
         ModelError: The model cannot be served as configured.
     """
+    config = config.settled()
     scheduler = config.scheduler
     step_size = StepSize(max_num_seqs=scheduler.max_num_seqs, max_num_batched_tokens=scheduler.max_num_batched_tokens)
     config = msgspec.structs.replace(config, executor=msgspec.structs.replace(config.executor, step_size=step_size))

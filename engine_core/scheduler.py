@@ -27,6 +27,7 @@ from engine_core.grammar_rows import forced_drafts, judge_rows, keep_drafts
 from engine_core.hashing import draft_pool
 from engine_core.in_flight import I64, Bools, InFlight
 from engine_core.kv_cache_manager import KVCacheManager, PrefixHit
+from engine_core.lanes import Lanes
 from engine_core.messages import (
     I32,
     EngineCoreOutput,
@@ -74,6 +75,7 @@ class Scheduler:
         num_lookahead_tokens: int = 0,
         multimodal: MultiModalSupport | None = None,
         adapters: AdapterPool | None = None,
+        num_stages: int = 1,
     ) -> None:
         self.config = config
         self.num_lookahead_tokens = num_lookahead_tokens
@@ -97,6 +99,7 @@ class Scheduler:
         self.on_admit: Callable[[int], None] | None = None
         """Called with the index of each request about to get a slot."""
         self.drafts = DraftCounts()
+        self.lanes = Lanes(num_stages, config.max_num_seqs)
         self._step_id = 0
 
     # -- requests come and go ------------------------------------------------------------------------------
@@ -166,11 +169,11 @@ class Scheduler:
                 counts[:num_running] += self._allow_drafts(
                     slots[:num_running], self.config.step_tokens - int(counts.sum()), updates
                 )
-        ends = table.num_scheduled[slots]
-        begins = ends - counts - table.num_open_drafts[slots]
+        ends, open_drafts = table.num_scheduled[slots], table.num_open_drafts[slots]
         sampled, allowances = table.note_samples(slots)
         grammar_rows = (sampled & table.has_grammar[slots]).nonzero()[0]
         self._step_id += 1
+        self.lanes.note(slots, sampled, self._step_id)
         plan = SchedulerOutput(
             step_id=self._step_id,
             slots=slots.tobytes(),
@@ -191,7 +194,7 @@ class Scheduler:
             epochs=table.epochs[slots],
             indices=table.indices[slots],
             counts=counts,
-            begins=begins,
+            begins=ends - counts - open_drafts,
             ends=ends,
             sampled=sampled,
             allowances=allowances,
@@ -222,6 +225,10 @@ class Scheduler:
         active = (counts > 0).nonzero()[0]
         if len(active) < len(slots):
             slots, counts = slots[active], counts[active]
+        if self.lanes.num_stages > 1:
+            has_others = bool(self.waiting) and self.admits
+            chosen = self.lanes.choose(table, slots, self._step_id + 1, has_others=has_others)
+            slots, counts = slots[chosen], counts[chosen]
         budget = self.config.step_tokens
         if not self.images.is_idle:
             counts = self.images.limit(slots, counts, self.table.num_scheduled[slots], budget)

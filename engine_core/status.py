@@ -38,7 +38,7 @@ def engine_ready(
         worker_pids=worker_pids,
         weight_bytes=sum(each.weight_bytes for each in ready.values()),
         kv_cache_dtype=", ".join(dict.fromkeys(spec.dtype for spec in worker.kv_cache_groups)),
-        pooling=worker.pooling,
+        pooling=ready[max(ready)].pooling,
         multimodal=worker.multimodal,
     )
 

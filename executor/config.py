@@ -229,8 +229,13 @@ class ParallelConfig(Config, frozen=True):
     """Ranks that each compute the whole model, to test multi-rank operation independently of sharding."""
 
     @property
+    def num_shares(self) -> int:
+        """Ranks that divide a model among them."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
     def world_size(self) -> int:
-        return self.tensor_parallel_size * self.pipeline_parallel_size * self.num_mirrors
+        return self.num_shares * self.num_mirrors
 
 
 class DeviceConfig(Config, frozen=True):
@@ -353,6 +358,8 @@ class StepSize(Config, frozen=True):
     max_num_seqs: Positive = 256
     max_num_batched_tokens: Positive | None = None
     """None: the device's default."""
+    max_in_flight_steps: Positive = 2
+    """Steps that workers may have at a time."""
 
 
 class ExecutorConfig(Config, frozen=True):

@@ -96,7 +96,10 @@ def check_draft_model(target: LoadedModel, draft: LoadedModel, device: Device, w
     """
     name = draft.hf_config.source
     if world_size > 1:
-        raise ModelError(f"{FLAG}: draft models run with one rank; omit --tensor-parallel-size, or the draft model")
+        raise ModelError(
+            f"{FLAG}: draft models run with one rank; omit --tensor-parallel-size and --pipeline-parallel-size, or the "
+            "draft model"
+        )
     steps = device.steps()
     if steps.graphs is not None or steps.fileno() is not None:
         raise ModelError(f"{FLAG}: draft models run on CPUs alone so far; use the method suffix on {device.name}")

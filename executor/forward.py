@@ -65,9 +65,9 @@ def run_model(model: Model, batch: InputBatch, embeds: Tensor | None = None) -> 
     Args:
         model: The model.
         batch: The tokens.
-        embeds: Input of the first layer; None: it is looked up.
+        embeds: Input of the first layer; None: it is looked up, or that of the previous pipeline stage.
     """
-    hidden = model.forward(batch, embeds).hidden
+    hidden = model.forward(batch, batch.hidden if embeds is None else embeds).hidden
     return hidden, model.compute_logits(ops.gather_rows(hidden, batch.logits_rows), batch)
 
 

@@ -65,6 +65,8 @@ class InputBatch:
     """Of a step with images, if the model has them."""
     deepstack: Deepstack | None = None
     """Likewise."""
+    hidden: torch.Tensor | None = None
+    """[num_tokens, hidden_size] of the previous pipeline stage; None on the first."""
 
     def step_inputs(self) -> dict[str, Any]:
         """The arguments of ``Program.replay``."""
@@ -77,6 +79,8 @@ class InputBatch:
         }
         if self.token_types is not None:
             inputs["token_types"] = self.token_types
+        if self.hidden is not None:
+            inputs["hidden"] = self.hidden
         for group, metadata in enumerate(self.attention):
             inputs[f"attention.{group}"] = metadata
         return inputs
@@ -93,7 +97,13 @@ class InputBatch:
 
     @classmethod
     def symbolic(
-        cls, program: Program, num_groups: int, *, position_axes: int = 1, has_token_types: bool = False
+        cls,
+        program: Program,
+        num_groups: int,
+        *,
+        position_axes: int = 1,
+        has_token_types: bool = False,
+        hidden: Spec | None = None,
     ) -> InputBatch:
         """The inputs of a program under capture.
 
@@ -102,6 +112,7 @@ class InputBatch:
             num_groups: Number of groups of attention layers.
             position_axes: Number of axes of a position.
             has_token_types: Whether the model reads ``token_types``.
+            hidden: Of the previous pipeline stage's hidden states; None: there is none.
         """
         ids: Any = program.input("input_ids", Spec("tokens", 1, torch.int32))
         spec = Spec("tokens", position_axes, torch.int32, is_transposed=position_axes > 1)
@@ -111,7 +122,8 @@ class InputBatch:
         adapters: Any = StepInput("row_adapters")
         sample_adapters: Any = StepInput("sample_adapters")
         types: Any = program.input("token_types", Spec("tokens", 1, torch.int32)) if has_token_types else None
-        return cls(ids, positions, groups, rows, adapters, sample_adapters, types)
+        states: Any = None if hidden is None else program.input("hidden", hidden)
+        return cls(ids, positions, groups, rows, adapters, sample_adapters, types, hidden=states)
 
 
 def adapter_columns(name: str, adapters: I32) -> dict[str, npt.NDArray[Any]]:

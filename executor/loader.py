@@ -34,7 +34,7 @@ from executor.models.base import Model
 from executor.models.registry import resolve_model, split_architecture, tower_of
 from executor.models.vision.tower import VisionTower
 from executor.packing import Packing, fill_with_random_numbers, in_threads
-from executor.parallel import ParallelState
+from executor.parallel import ParallelState, split_layers
 from executor.quantization import Options, QuantizationConfig, choose_quantization
 from executor.quantization.at_load import QuantizingParameter
 from executor.quantization.fp8 import CACHE_SCALES
@@ -207,10 +207,11 @@ def _quantization(
     """
     options = Options(config.quantized_activations, device.type, config.imatrix, config.calibration)
     chosen = choose_quantization(config.quantization, hf_config.quantization, options)
-    if parallel.tp_size > 1 and chosen.calibration:
+    flag, size = ("tensor", parallel.tp_size) if parallel.tp_size > 1 else ("pipeline", parallel.pp_size)
+    if size > 1 and chosen.calibration:
         raise ModelError(
-            f"--tensor-parallel-size {parallel.tp_size}: ranks cannot measure a model together, as --quantization "
-            f"{config.quantization} does; use int8, or --tensor-parallel-size 1"
+            f"--{flag}-parallel-size {size}: ranks cannot measure a model together, as --quantization "
+            f"{config.quantization} does; use int8, or --{flag}-parallel-size 1"
         )
     return chosen
 
@@ -238,6 +239,11 @@ def load_tower(
     name = tower_name(config, whole, context.device.type)
     if name is None:
         return None
+    if context.parallel.pp_size > 1:
+        raise ModelError(
+            f"--pipeline-parallel-size {context.parallel.pp_size}: stages take no images yet; add "
+            "--language-model-only, or use 1"
+        )
     own = replace(
         context,
         config=replace(whole, values=dict(whole.whole), spelling={}, is_part=False),
@@ -300,7 +306,8 @@ def build_model(model_class: type[Model], context: ModelContext, attention_backe
     """
     try:
         model = model_class(context)
-        layers = model.attention_layers()
+        keep_stage(model, context.parallel)
+        layers = model.attention_of_stages or model.attention_layers()
         shapes = [layer.shape for layer in layers]
         backends = choose_backends(context.device.type, shapes, context.dtype, attention_backend)
         for layer, backend in zip(layers, backends, strict=True):
@@ -455,7 +462,11 @@ def match_weights(
         ignored.append(CACHE_SCALES)
     mapper = mapper.quantized(context.quantization.renames, ignored)
     checkpoint = model.stored_as(checkpoint)
-    stored = checkpoint.tensors(targets.keys() | tied.keys(), mapper)
+    elsewhere = set(model.names_of_stages)
+    if context.config.tie_word_embeddings:
+        elsewhere |= find_ties(elsewhere, model.tied_modules).keys()
+    stored = checkpoint.tensors(targets.keys() | tied.keys() | elsewhere, mapper)
+    stored = [tensor for tensor in stored if tensor.name in targets or tensor.name not in elsewhere]
     found, doubles = match_names(stored, targets, mapper, tied)
     if is_part and is_alone:
         _report_other_parts(stored)
@@ -595,6 +606,23 @@ def _report_other_parts(stored: Iterable[StoredTensor]) -> None:
         len(rest),
         sum(rest) / 1e9,
     )
+
+
+def keep_stage(model: Model, parallel: ParallelState) -> None:
+    """Reduces a model to the layers of one pipeline stage.
+
+    Raises:
+        ModelError: The model cannot be cut.
+        ValueError: It has too few layers.
+    """
+    if parallel.pp_size == 1:
+        return
+    sizes, last = model.layer_bytes()
+    own = split_layers(sizes, parallel.pp_size, last)[parallel.pp_rank]
+    model.attention_of_stages = model.attention_layers()
+    names = find_targets(model).keys()
+    model.keep_layers(own.start, own.end)
+    model.names_of_stages = names - find_targets(model).keys()
 
 
 def find_targets(model: Model) -> dict[str, Target]:

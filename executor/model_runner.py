@@ -40,6 +40,7 @@ from executor.messages import (
     i32,
     u8,
 )
+from executor.parallel import ParallelState
 from executor.peak_memory import PeakMemory
 from executor.pooling import Pooler, PoolerOutput
 from executor.request_states import RequestStates
@@ -47,6 +48,8 @@ from executor.sampling.forced import create_sampler
 from executor.sampling.sampler import Sampler, SamplerOutput, SampleRows, TokenMask
 from executor.speculative.base import ProposerContext
 from executor.speculative.speculation import Speculation, drafts_of, num_verified, settle, step_rows
+from executor.stages import Stage
+from ops.dispatch import Spec
 
 PROMPT_LOGITS_CHUNK = 128
 """Rows per batch of logits for prompt log probabilities: logits are wide."""
@@ -146,8 +149,10 @@ class ModelRunner:
         rank: int = 0,
         communicator: ops.Communicator | None = None,
         kv_memory: KVMemory | None = None,
+        stage: Stage | None = None,
     ) -> None:
         self.rank = rank
+        self.stage = stage or Stage(ParallelState(), Spec("tokens", 0, loaded.dtype))
         self.communicator = communicator
         self.kv_memory = kv_memory
         self.model = loaded.model
@@ -167,7 +172,7 @@ class ModelRunner:
             self.max_tokens = max(self.max_tokens, self.max_model_len)
         self.enforce_eager = enforce_eager
         self.program: Program | None = None
-        self.channel = device.steps()
+        self.channel = self.stage.channel(device.steps())
         self.states = RequestStates(0, 0, [])
         self.sampler = Sampler(0)
         self.pooler = Pooler(0)
@@ -189,13 +194,14 @@ class ModelRunner:
             block_sizes = [*block_sizes, *(group.block_size for group in self.draft.groups)]
             self.draft.allocate(init.num_blocks[num_groups:], init.max_model_len, self.kv_memory)
         self.states = RequestStates(max_num_seqs, init.max_model_len, block_sizes)
-        self.sampler = create_sampler(
+        sampler = create_sampler(
             max_num_seqs,
             self.device.torch_device.type,
             self.channel,
             forced_outputs=self.forced_outputs,
             communicator=self.communicator,
         )
+        self.sampler = self.stage.sampler(sampler)
         self.pooler = Pooler(max_num_seqs, self.pooling_head, self.dense, self.token_dense)
         context = ProposerContext(ops.op_set("cpu").name, self.states, self.draft)
         self.speculation = Speculation(self.speculative, max_num_seqs, context)
@@ -222,7 +228,9 @@ class ModelRunner:
         fixed, per_position = forward_class(setup).memory(setup)
         if self.images is not None:  # a step with images is computed outside of the program's memory
             values = 2 * values + self.images.num_bytes()
-        step_bytes = values + fixed + sampling.step_bytes(self.max_samples, self.vocab_size)
+        step_bytes = values + fixed
+        if self.stage.is_last:
+            step_bytes += sampling.step_bytes(self.max_samples, self.vocab_size)
         per_position += self.model.position_bytes()
         if self.draft is not None:
             of_draft = self.draft.memory()
@@ -248,6 +256,7 @@ class ModelRunner:
         memory = PeakMemory()
         with memory:
             batch = forward.prepare(slots, counts, np.ones(num_rows, np.uint8))
+            batch.hidden = self.stage.zeros(int(counts.sum()))
             rows = np.arange(min(self.max_samples, int(counts.sum())))
             forward.run(replace(batch, logits_rows=self.channel.upload({"logits_rows": rows})["logits_rows"]))
         return memory.peak_bytes
@@ -301,7 +310,8 @@ class ModelRunner:
         """Runs the model once with symbolic values; see ``executor/graphs.py``."""
         device_type = self.device.torch_device.type
         program = Program(device_type, max_tokens=self.max_tokens, max_samples=self.max_samples)
-        batch = InputBatch.symbolic(program, len(self.groups), has_token_types=self.model.num_token_types > 0)
+        has_types = self.model.num_token_types > 0
+        batch = InputBatch.symbolic(program, len(self.groups), has_token_types=has_types, hidden=self.stage.hidden)
         hidden, logits = run_model(self.model, batch)
         program.finish(hidden, logits)
         return program
@@ -325,14 +335,16 @@ class ModelRunner:
         for request in plan.new_reqs:
             if request.params is not None:
                 self.sampler.add(request.slot, request.params)
-            self.pooler.add(request.slot, request.pooling_params)
+            self.pooler.add(request.slot, request.pooling_params if self.stage.is_last else None)
             self.speculation.add(request)
         slots, counts, num_sampled, has_drafts = step_rows(plan, states)
         rows = np.arange(len(slots), dtype=np.int32).repeat(num_sampled)
         sampled = SampleRows(slots[rows], ranges(states.num_tokens[slots], num_sampled), rows)
         drafts = drafts_of(sampled, states) if has_drafts else None
         batch = self.forward.prepare(slots, counts, num_sampled)
+        batch.hidden = self.stage.begin(plan.step_id, int(counts.sum()))
         hidden, logits = self._run(batch, slots, counts)
+        self.stage.pass_on(hidden)
         if logits.dtype != torch.float32:
             logits = logits.float()  # of models that do not generate, they are no logits, and none
         prompt_logprobs = self.prompt_logprobs(hidden, batch, slots, counts)
@@ -361,11 +373,22 @@ class ModelRunner:
 
         return self.images.run(run, self.model.embed, batch, slots, counts)
 
+    def must_wait_for_drafts(self, plan: SchedulerOutput) -> bool:
+        """Whether ``begin`` must wait until earlier outputs are collected, since it may verify drafts. Of a pipeline
+        stage, those of the same rows: others are on their way between stages."""
+        if not self.may_verify_drafts(plan):
+            return False
+        return self.stage.is_last or self.stage.lacks_tokens(plan, self.states)
+
     def may_verify_drafts(self, plan: SchedulerOutput) -> bool:
         """Whether ``begin`` must wait until earlier outputs are collected, because it may verify drafts."""
         if not plan.num_draft_tokens:
             return False
         return bool(plan.forced_drafts) or self.speculation.is_expected(i32(plan.slots))
+
+    def lacks_input(self, plan: SchedulerOutput) -> bool:
+        """Whether ``begin`` must wait for another pipeline stage."""
+        return self.stage.lacks_input(plan, self.states)
 
     def lacks_tokens(self, step: StartedStep) -> bool:
         """Whether ``finish`` must wait until earlier outputs are collected, because sampling reads their tokens."""
@@ -381,6 +404,7 @@ class ModelRunner:
         begin = time.perf_counter()
         token_mask = None if mask is None else _token_mask(step, mask)
         sampled = self.sampler.sample(step.logits, step.rows, self.states, token_mask)
+        sampled = self.stage.announce(sampled, step.rows)
         self.forward.store(step.rows, sampled.token_ids)
         results = Together((sampled.output, step.prompt_logprobs, step.pooled))
         pending = self.channel.download(results.tensors)
@@ -392,7 +416,7 @@ class ModelRunner:
     ) -> Deferred[Sequence[TokenLogprobs]]:
         """Log probabilities of the prompt tokens that follow this step's positions, for requests that report them."""
         states = self.states
-        if not states.num_reporting:
+        if not states.num_reporting or not self.stage.is_last:
             return NO_LOGPROBS
         wanted = np.flatnonzero(states.reports_prompt[slots]).tolist()
         starts = np.cumsum(counts) - counts

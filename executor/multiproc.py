@@ -14,7 +14,7 @@ from executor.base import WORKER_MODULE, WorkerDiedError
 from executor.config import Config, ExecutorConfig
 from executor.log import get_logger
 from executor.messages import FromWorker, ToWorker, WorkerShutdown
-from executor.parallel import ParallelState, about_ranks, create_shared_memory, places, split_cores
+from executor.parallel import ParallelState, SharedByRanks, about_ranks, places, split_cores
 from executor.process import ChildProcess, prepared_child
 
 logger = get_logger()
@@ -35,7 +35,7 @@ class WorkerLaunch(Config, frozen=True):
     log_level: str = "info"
     descriptors: tuple[str, ...] = ()
     """Names of the descriptors that come with the message, in order. ``kv``: the memory of the KV cache;
-    ``ranks``: that in which ranks meet."""
+    others: see ``SharedByRanks``."""
     cores: tuple[int, ...] = ()
     """The cores that the worker runs on; empty: all that it may use."""
 
@@ -65,15 +65,15 @@ class MultiprocExecutor:
         config = self._config if self._life == 1 else msgspec.structs.replace(self._config, memory_share=None)
         ranks = places(config.parallel)
         cores: list[tuple[int, ...]] = [()] * len(ranks)
-        shared = {}
-        if self._config.parallel.tensor_parallel_size > 1:
-            cores, shared = split_cores(len(ranks)), {"ranks": create_shared_memory()}
+        shared = SharedByRanks(ranks)
+        if self._config.parallel.num_shares > 1:
+            cores = split_cores(len(ranks))
             if self._life == 1:
                 logger.info("%s", about_ranks(cores))
         for parallel in ranks:
             input_address = f"ipc://{self._ipc_dir}/{self._life}.{parallel.rank}.in"
             self._inputs.append(self._bind(zmq.PUSH, input_address))
-            given = self._descriptors(parallel.rank) | shared
+            given = self._descriptors(parallel.rank) | shared.of(parallel)
             launch = WorkerLaunch(
                 parallel=parallel,
                 config=config,
@@ -87,8 +87,7 @@ class MultiprocExecutor:
             descriptors = tuple(given.values())
             child = prepared_child(WORKER_MODULE, payload, descriptors)
             self._children.append(child or ChildProcess(WORKER_MODULE, payload, descriptors=descriptors))
-        for descriptor in shared.values():
-            os.close(descriptor)
+        shared.close()
 
     def _descriptors(self, rank: int) -> dict[str, int]:
         """What a rank's worker gets to map, by name."""

@@ -46,8 +46,10 @@ from executor.messages import (
 )
 from executor.model_runner import ModelRunner
 from executor.parallel import ParallelState, places
+from executor.stages import Stage
 from ops import Communicator
 from ops.cpu import library, memory
+from ops.dispatch import Spec
 
 BANDWIDTH_BYTES = 256 << 20
 """Memory that is read to measure the bandwidth: more than caches hold."""
@@ -95,14 +97,14 @@ def survey(config: ExecutorConfig, parallel: ParallelState, *, measures: bool = 
         weights["images"] = sum(parameter.nbytes for parameter in tower.parameters())
     num_bytes = sum(weights.values())
     loaded = LoadedModel(model.eval(), context.config, num_bytes, context.dtype, context.max_model_len, tower=tower)
-    runner = _runner(config, loaded, device, parallel.rank, communicator)
+    runner = _runner(config, loaded, device, parallel, communicator)
     runner.images = create_image_inputs(loaded, device, runner.max_tokens)
     ready = _report(runner, loaded, device, before)
     if config.lora.enable_lora:
         check_adapters(config.lora, loaded, config.parallel.world_size, device.kernels)
         of_adapters = LoadedAdapters(loaded, config.lora).num_bytes(runner.max_tokens)
         ready = msgspec.structs.replace(ready, step_bytes=ready.step_bytes + of_adapters)
-    found = _count_bytes(ready, before.free_bytes, model, weights)
+    found = _count_bytes(ready, before.free_bytes, model, weights, has_logits=runner.stage.is_last)
     return time_steps(measure_bandwidth(found), runner) if measures else found
 
 
@@ -132,19 +134,25 @@ class _Alone:
 
 
 def _runner(
-    config: ExecutorConfig, loaded: LoadedModel, device: Device, rank: int, communicator: Communicator | None
+    config: ExecutorConfig,
+    loaded: LoadedModel,
+    device: Device,
+    parallel: ParallelState,
+    communicator: Communicator | None,
 ) -> ModelRunner:
+    model = loaded.model
     return ModelRunner(
         loaded,
         device,
-        form_groups(loaded.model.attention_layers(), config.device.block_size),
+        form_groups(model.attention_layers(), config.device.block_size, model.attention_of_stages),
         step_size=config.step_size,
         enforce_eager=config.model.enforce_eager or not loaded.model.can_be_captured,
         speculative=None,
         draft=None,
         forced_outputs="",
-        rank=rank,
+        rank=parallel.rank,
         communicator=communicator,
+        stage=Stage(parallel, Spec("tokens", loaded.hf_config.hidden_size, loaded.dtype)),
     )
 
 
@@ -169,7 +177,7 @@ def _report(runner: ModelRunner, loaded: LoadedModel, device: Device, before: Me
         position_bytes=position_bytes,
         memory_utilization=device.memory_utilization or 0.0,
         max_num_batched_tokens=runner.max_tokens,
-        shares_memory=runner.communicator is not None,
+        shares_memory=runner.communicator is not None or not (runner.stage.is_first and runner.stage.is_last),
         multimodal=None if runner.images is None else runner.images.support,
         pooling=loaded.pooling,
     )
@@ -250,15 +258,16 @@ def _load(module: Weights, name: str, stored: Mapping[WeightParameter, list[tupl
         raise ModelError(f"{name.removesuffix('.weights')}: {error}") from error
 
 
-def _count_bytes(ready: WorkerReady, free_bytes: int, model: nn.Module, weights: dict[str, int]) -> ModelSurvey:
-    """Adds what a step reads."""
+def _count_bytes(
+    ready: WorkerReady, free_bytes: int, model: nn.Module, weights: dict[str, int], *, has_logits: bool
+) -> ModelSurvey:
+    """Adds what a step reads. ``has_logits``: this is the last pipeline stage, which computes them."""
     modules = list(model.modules())
     tables = [module for module in modules if isinstance(module, VocabParallelEmbedding)]
     mixtures = [module for module in modules if isinstance(module, MoE)]
     share = mixtures[0].routing.top_k / len(mixtures[0].experts) if mixtures else 1.0
-    only_looked_up = sum(
-        parameter.nbytes for table in tables if not table.shape.makes_logits for parameter in table.parameters()
-    )
+    lookups = [table for table in tables if not (table.shape.makes_logits and has_logits)]
+    only_looked_up = sum(parameter.nbytes for table in lookups for parameter in table.parameters())
     return ModelSurvey(
         ready=ready,
         free_bytes=free_bytes,

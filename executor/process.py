@@ -29,7 +29,7 @@ _F_SETPIPE_SZ = 1031
 _PIPE_BYTES = 1 << 20
 _SOCKET_OPTION = "octavo_descriptors"
 """Interpreter option (``-X``) with the number of the socket on which a child gets descriptors."""
-MAX_DESCRIPTORS = 64
+MAX_DESCRIPTORS = 250
 """Most descriptors that travel with a message."""
 _ROOT = str(Path(__file__).resolve().parent.parent)
 """The folder of the four packages."""

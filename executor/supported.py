@@ -10,7 +10,7 @@ from executor.base import ModelError
 from executor.config import DTYPE_NAMES, GOOD_DTYPES, QUANTIZATION_ALIASES
 from executor.language_part import language_fields
 from executor.models import registry
-from executor.models.catalog import CATALOG, ONE_RANK
+from executor.models.catalog import CATALOG, ONE_RANK, ONE_STAGE
 from executor.models.registry import ENCODERS, FALLBACK, implementation, split_architecture
 from executor.quantization.base import quantization_name
 from executor.registry import advice
@@ -59,6 +59,7 @@ def check_supported(
     model_impl: str = "auto",
     dtype: str = "auto",
     num_ranks: int = 1,
+    num_stages: int = 1,
 ) -> None:
     """Checks architecture, quantisation, type and number of ranks; loading the model checks the rest.
 
@@ -68,6 +69,7 @@ def check_supported(
         model_impl: ``--model-impl``.
         dtype: ``--dtype``.
         num_ranks: ``--tensor-parallel-size``.
+        num_stages: ``--pipeline-parallel-size``.
 
     Raises:
         ModelError: One of them is missing, invalid or not supported.
@@ -78,7 +80,9 @@ def check_supported(
         raise ModelError("architectures must be a list of at least one name")
     chosen = implementation(names[0], language, model_impl)
     if num_ranks > 1:
-        _check_ranks(names[0], chosen, num_ranks, language)
+        _check_ranks(names[0], chosen, f"--tensor-parallel-size {num_ranks}", ONE_RANK, language)
+    if num_stages > 1:
+        _check_ranks(names[0], chosen, f"--pipeline-parallel-size {num_stages}", ONE_STAGE, language)
     saved = fields.get("quantization_config")
     if saved is not None and not isinstance(saved, dict):
         raise ModelError("quantization_config must be an object")
@@ -98,10 +102,12 @@ def can_generate(fields: Mapping[str, Any]) -> bool:
     return registry.can_generate(language_fields(fields)["architectures"][0])
 
 
-def _check_ranks(architecture: str, chosen: str, num_ranks: int, fields: Mapping[str, Any]) -> None:
-    """Refuses several ranks for a model that they cannot share."""
+def _check_ranks(
+    architecture: str, chosen: str, flag: str, unshared: Mapping[str, str], fields: Mapping[str, Any]
+) -> None:
+    """Refuses several ranks for a model that they cannot share. ``unshared`` says what of which architectures."""
     base, _ = split_architecture(architecture)
-    what = "models of transformers" if chosen == FALLBACK else "encoders" if base in ENCODERS else ONE_RANK.get(base)
+    what = "models of transformers" if chosen == FALLBACK else "encoders" if base in ENCODERS else unshared.get(base)
     types = fields.get("layer_types")
     if (
         base == "GraniteMoeHybridForCausalLM"
@@ -110,6 +116,4 @@ def _check_ranks(architecture: str, chosen: str, num_ranks: int, fields: Mapping
     ):
         what = None
     if what is not None:
-        raise ModelError(
-            f"--tensor-parallel-size {num_ranks}: workers cannot share {what} yet ({architecture[:100]}); use 1"
-        )
+        raise ModelError(f"{flag}: workers cannot share {what} yet ({architecture[:100]}); use 1")

@@ -59,10 +59,11 @@ from executor.messages import (
 )
 from executor.model_runner import ModelRunner, PendingOutput, StartedStep
 from executor.multiproc import WorkerLaunch
-from executor.parallel import ParallelState
+from executor.parallel import RANKS, STAGES, ParallelState
 from executor.process import read_descriptors, read_payload
+from executor.stages import Stage, StageRoom, connect
 from ops import Communicator
-from ops.dispatch import UnsupportedOpError
+from ops.dispatch import Spec, UnsupportedOpError
 
 logger = get_logger()
 
@@ -106,6 +107,7 @@ class Worker:
         """The step that is launched but cannot be sampled yet."""
         self._outputs: deque[PendingOutput] = deque()
         """Outputs of launched steps, in transit from the device."""
+        self._stage_fds: list[int] = []
 
     def start(self) -> None:
         """Loads the model, then reports its requirements.
@@ -120,7 +122,8 @@ class Worker:
         communicator = device.communicator(self.parallel)
         loaded = self._load(device, communicator)
         speculative = self._speculative(loaded)
-        groups = form_groups(loaded.model.attention_layers(), config.device.block_size)
+        model = loaded.model
+        groups = form_groups(model.attention_layers(), config.device.block_size, model.attention_of_stages)
         draft = self._load_draft(loaded, device)
         if "kv" in self._descriptors and device.maps_kv:
             self._kv_memory = KVMemory(self._descriptors["kv"])
@@ -137,10 +140,11 @@ class Worker:
             rank=self.rank,
             communicator=communicator,
             kv_memory=self._kv_memory,
+            stage=self._connect(loaded, device, communicator),
         )
         captures = not self.runner.enforce_eager
         self.runner.images = create_image_inputs(loaded, device, self.runner.max_tokens, captures=captures)
-        self.results_fd = self.runner.channel.fileno()
+        self.results_fd, self._stage_fds = self.runner.channel.fileno(), self.runner.stage.wake_fds
         communicator.wait()  # all have loaded their weights
         memory = device.memory()  # before the step, whose memory an allocator may keep
         with _refusals(device):
@@ -177,7 +181,7 @@ class Worker:
             step_bytes=step_bytes,
             position_bytes=position_bytes,
             memory_utilization=device.memory_utilization or 0.0,
-            shares_memory=self.parallel.memory_fd >= 0,
+            shares_memory=RANKS in self._descriptors or STAGES in self._descriptors,
             max_num_batched_tokens=self.runner.max_tokens,
             pooling=loaded.pooling,
             multimodal=None if self.runner.images is None else self.runner.images.support,
@@ -189,6 +193,15 @@ class Worker:
                 Digests(config.kv_cache_dir) if config.kv_cache_dir else state_of,
             ),
         )
+
+    def _connect(self, loaded: LoadedModel, device: Device, communicator: Communicator) -> Stage:
+        """Connects this rank with those of other pipeline stages."""
+        size = self.config.step_size
+        max_tokens = size.max_num_batched_tokens or device.max_num_batched_tokens
+        max_samples = size.max_num_seqs * (1 + self.config.max_draft_tokens)
+        room = StageRoom(size.max_in_flight_steps, max_tokens, max_samples)
+        hidden = Spec("tokens", loaded.hf_config.hidden_size, loaded.dtype)
+        return connect(self.parallel, self._descriptors, hidden, room, communicator)
 
     def _load(self, device: Device, communicator: Communicator) -> LoadedModel:
         """Loads this rank's share of the model."""
@@ -203,7 +216,7 @@ class Worker:
             memory.total_bytes,
             communicator,
             config.lora.max_loaded,
-            free_bytes // self.parallel.tp_size,
+            free_bytes // config.parallel.num_shares,
         )
         op_set = ops.op_set(device.torch_device.type).name
         check_adapters(config.lora, loaded, config.parallel.world_size, op_set)
@@ -253,8 +266,9 @@ class Worker:
             self._plans.append(message)
             self._work()
         elif isinstance(message, GrammarMask):
-            self._masks[message.step_id] = message
-            self._work()
+            if self.runner.stage.is_last:
+                self._masks[message.step_id] = message
+                self._work()
         elif isinstance(message, FreeKVCache):
             if self._kv_memory is not None:
                 self._kv_memory.free()
@@ -292,7 +306,7 @@ class Worker:
         self._send(AdapterLoaded(self.rank, message.number, message.adapter.content_hash, error))
 
     def _work(self) -> None:
-        """Launches plans in order.
+        """Launches plans in order, each once another pipeline stage has given what it begins with.
 
         Before sampling, a step with constrained rows waits for its mask, and a step that reads tokens waits for the
         results of earlier steps. A step that may verify drafts waits for those results before launch, since its
@@ -311,7 +325,7 @@ class Worker:
                     self._change_adapters(plan)
                     self._plans.popleft()
                     continue
-                if self._outputs and self.runner.may_verify_drafts(plan):
+                if self._outputs and self.runner.must_wait_for_drafts(plan) or self.runner.lacks_input(plan):
                     return
                 self._step = self.runner.begin(plan)
                 self._plans.popleft()
@@ -319,11 +333,13 @@ class Worker:
             if self._outputs and self.runner.lacks_tokens(step):
                 return
             mask = self._masks.pop(step.plan.step_id, None)
-            if step.plan.grammar_slots and mask is None:
+            if step.plan.grammar_slots and mask is None and self.runner.stage.is_last:
                 return
             self._step = None
             self._outputs.append(self.runner.finish(step, mask))
             self._send_results()
+            if not self.runner.stage.is_last:  # its tokens come later, from the last stage
+                self._send(Heartbeat(self.rank, step.plan.step_id))
 
     def _transfer(self, transfer: KVTransfer) -> None:
         """Begins a transfer. No earlier plan reads or writes its blocks any more."""
@@ -336,9 +352,14 @@ class Worker:
         self._connector.start_load_kv(transfer)
 
     @property
+    def has_plans(self) -> bool:
+        """Whether plans wait for results, or for another pipeline stage."""
+        return bool(self._plans)
+
+    @property
     def wake_fds(self) -> list[int]:
         """Descriptors that become readable when ``take_results`` has work."""
-        results = [] if self.results_fd is None else [self.results_fd]
+        results = self._stage_fds if self.results_fd is None else [self.results_fd, *self._stage_fds]
         return results if self._connector is None else [*results, self._connector.fileno()]
 
     def take_results(self) -> None:
@@ -347,13 +368,17 @@ class Worker:
         if self._connector is not None:
             for finished in self._connector.get_finished():
                 self._send(finished)
+        self.runner.stage.listen()
         self._send_results()
         self._work()
 
     def _send_results(self) -> None:
         while self._outputs and self._outputs[0].is_ready():
             output = self._outputs.popleft().collect()
-            self._send(output if self.parallel.is_output_rank else Heartbeat(self.rank, output.step_id))
+            if self.parallel.is_output_rank:
+                self._send(output)
+            elif self.runner.stage.is_last:
+                self._send(Heartbeat(self.rank, output.step_id))
 
     def close(self) -> None:
         """Ends what runs beside the steps."""
@@ -429,7 +454,7 @@ def run() -> int:
         return WorkerShutdown()  # end of file: the engine core is gone
 
     descriptors = dict(zip(launch.descriptors, read_descriptors(), strict=True))
-    parallel = dataclasses.replace(launch.parallel, memory_fd=descriptors.get("ranks", -1))
+    parallel = dataclasses.replace(launch.parallel, memory_fd=descriptors.get(RANKS, -1))
     code = Worker(parallel, launch.config, send, descriptors).run(receive)
     outputs.close(linger=2000)
     inputs.close(linger=0)

@@ -3,19 +3,25 @@
 
     python scripts/bench_ranks.py --model 1b --load-format dummy
     python scripts/bench_ranks.py --model folder --ranks 2 --threads 2 --decode 1 16 --prefill 512
+    python scripts/bench_ranks.py --model folder --stages 2 --decode 16
 
 One worker has all threads; each rank has its share of them and of the cores. All are loaded at once and take turns, so
 what else runs on the machine concerns them alike. Printed: the median time of a step, and the ratio of the medians.
+
+With pipeline stages, requests decode in as many groups as there are stages, one step after another; printed is the time
+in which each group has had one. The worker that is compared computes the same steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_models import SHAPES
 from bench_step import EXPERT_SHAPES, Steps, folder_of
 
-from executor.parallel import ParallelState, create_shared_memory, split_cores
+from executor.config import ParallelConfig
+from executor.parallel import RANKS, SharedByRanks, places, split_cores
 
 
 @dataclass
@@ -33,34 +40,39 @@ class Team:
     processes: list[subprocess.Popen[str]]
 
     @classmethod
-    def start(cls, options: argparse.Namespace, num_ranks: int) -> Team:
+    def start(cls, options: argparse.Namespace, tp_size: int, pp_size: int) -> Team:
         """Starts the ranks; they load the model."""
-        memory = create_shared_memory()
+        ranks = places(ParallelConfig(tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size))
+        num_ranks, shared = len(ranks), SharedByRanks(ranks)
         cores = split_cores(num_ranks)
         command = [sys.executable, __file__, "--model", options.model, "--load-format", options.load_format]
         command += ["--decode", *map(str, options.decode), "--prefill", *map(str, options.prefill)]
-        command += ["--context", str(options.context), "--steps", str(options.steps), "--ranks", str(num_ranks)]
-        command += ["--threads", str(max(1, options.threads // num_ranks)), "--memory", str(memory)]
-        processes = [
-            subprocess.Popen(
-                [*command, "--rank", str(rank), "--cores", *map(str, cores[rank])],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                pass_fds=(memory,),
+        command += ["--context", str(options.context), "--steps", str(options.steps), "--lanes", str(options.stages)]
+        command += ["--ranks", str(tp_size), "--stages", str(pp_size)]
+        command += ["--threads", str(max(1, options.threads // num_ranks))]
+        processes = []
+        for place in ranks:
+            given, rank = shared.of(place), place.rank
+            own = ["--rank", str(rank), "--cores", *map(str, cores[rank]), "--descriptors", json.dumps(given)]
+            processes.append(
+                subprocess.Popen(
+                    [*command, *own],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    pass_fds=tuple(given.values()),
+                )
             )
-            for rank in range(num_ranks)
-        ]
-        os.close(memory)
+        shared.close()
         return cls(processes)
 
     def ask(self, line: str) -> str:
-        """Has all ranks do something; returns what the first one says."""
+        """Has all ranks do something; returns what the last one says: with stages, it is done last."""
         for process in self.processes:
             assert process.stdin is not None
             process.stdin.write(line + "\n")
             process.stdin.flush()
-        return [process.stdout.readline().strip() for process in self.processes if process.stdout is not None][0]
+        return [process.stdout.readline().strip() for process in self.processes if process.stdout is not None][-1]
 
     def end(self) -> None:
         for process in self.processes:
@@ -72,8 +84,9 @@ class Team:
 def serve(options: argparse.Namespace) -> None:
     """A rank: computes what the lines of standard input ask for."""
     os.sched_setaffinity(0, options.cores)
-    rank, size = options.rank, options.ranks
-    state = ParallelState() if size == 1 else ParallelState(rank, size, rank=rank, memory_fd=options.memory)
+    config = ParallelConfig(tensor_parallel_size=options.ranks, pipeline_parallel_size=options.stages)
+    given = json.loads(options.descriptors)
+    state = replace(places(config)[options.rank], memory_fd=given.get(RANKS, -1))
     longest = max([options.context + options.rounds * options.steps + 1, *options.prefill])
     requests = max([1, *options.decode])
     steps = Steps(
@@ -85,6 +98,7 @@ def serve(options: argparse.Namespace) -> None:
         options.load_format,
         parallel=state,
         num_threads=options.threads,
+        descriptors=given,
     )
     print("ready", flush=True)
     for line in sys.stdin:
@@ -97,19 +111,23 @@ def serve(options: argparse.Namespace) -> None:
             new = (steps.admit(0, int(count)),)
             times = [steps.run([0], [int(count)], new_reqs=new, finished_slots=free)]
         else:
-            slots = list(range(int(count)))
-            times = [steps.run(slots, [1] * len(slots)) for _ in range(options.steps)]
+            groups = [list(range(lane, int(count), options.lanes)) for lane in range(min(options.lanes, int(count)))]
+            begin = time.perf_counter()
+            times = [sum(steps.run(slots, [1] * len(slots)) for slots in groups) for _ in range(options.steps)]
+            if options.lanes > 1:  # stages overlap
+                times = [(time.perf_counter() - begin) / options.steps]
         print(statistics.median(times), flush=True)
 
 
 def compare(options: argparse.Namespace) -> None:
     """Prints the table."""
-    teams = [Team.start(options, size) for size in (1, options.ranks)]
+    teams = [Team.start(options, *sizes) for sizes in ((1, 1), (options.ranks, options.stages))]
+    num_ranks = options.ranks * options.stages
     try:
         for team in teams:
             for process in team.processes:
                 assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        print(f"{'step':>14} {'1 worker':>12} {f'{options.ranks} ranks':>12} {'ratio':>7}")
+        print(f"{'step':>14} {'1 worker':>12} {f'{num_ranks} ranks':>12} {'ratio':>7}")
         for kind, counts in (("decode", options.decode), ("prefill", options.prefill)):
             for count in counts:
                 if kind == "decode":
@@ -129,17 +147,20 @@ def main() -> None:
     shapes = ", ".join((*SHAPES, *EXPERT_SHAPES))
     add("--model", required=True, help=f"folder, GGUF file, or with --load-format dummy one of {shapes}")
     add("--load-format", default="auto", choices=["auto", "dummy"], help="dummy: random weights")
-    add("--ranks", type=int, default=2, help="ranks that share the model")
+    add("--ranks", type=int, help="ranks that share each layer; default: 2, or 1 with stages")
+    add("--stages", type=int, default=1, help="pipeline stages")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of all together")
     add("--decode", type=int, nargs="*", default=[1, 16], help="requests that get one token each")
     add("--prefill", type=int, nargs="*", default=[], help="tokens of one prompt")
     add("--context", type=int, default=256, help="tokens before the first decode step")
     add("--steps", type=int, default=20, help="decode steps per round")
     add("--rounds", type=int, default=5, help="turns of each")
-    for name in ("--rank", "--memory"):
-        add(name, type=int, help=argparse.SUPPRESS)
+    add("--rank", type=int, help=argparse.SUPPRESS)
+    add("--lanes", type=int, default=1, help=argparse.SUPPRESS)
+    add("--descriptors", help=argparse.SUPPRESS)
     add("--cores", type=int, nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.ranks = options.ranks or (2 if options.stages == 1 else 1)
     if options.rank is not None:
         serve(options)
         return

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import select
 import statistics
 import sys
 import tempfile
@@ -51,6 +52,8 @@ from executor.worker import Worker
 from ops.cpu import library, memory
 
 BANDWIDTH_BYTES = 256 << 20
+MAX_IN_FLIGHT = 64
+"""Steps by which pipeline stages may be apart."""
 EXPERT_SHAPES: dict[str, dict[str, Any]] = {
     "experts": {
         "architectures": ["MixtralForCausalLM"],
@@ -108,7 +111,9 @@ class Steps:
             model=ModelConfig(model=model, dtype=dtype, gguf=gguf, load_format=load_format, **fields),
             device=DeviceConfig(num_threads=num_threads),
             lora=lora or LoRAConfig(),
-            step_size=StepSize(max_num_seqs=max_seqs, max_num_batched_tokens=max_tokens),
+            step_size=StepSize(
+                max_num_seqs=max_seqs, max_num_batched_tokens=max_tokens, max_in_flight_steps=MAX_IN_FLIGHT
+            ),
         )
         self.answers: list[FromWorker] = []
         self.worker = Worker(parallel or ParallelState(), config, self.answers.append, descriptors)
@@ -167,6 +172,9 @@ class Steps:
         )
         begin = time.perf_counter()
         self.worker.handle(plan)
+        while self.worker.has_plans:  # a pipeline stage, which waits for another one
+            select.select(self.worker.wake_fds, [], [])
+            self.worker.take_results()
         return time.perf_counter() - begin
 
     def admit(self, slot: int, length: int, lora_id: int = 0) -> NewRequest:

@@ -4,27 +4,29 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from executor.models.catalog import CATALOG, ONE_RANK, POOLING, Entry  # noqa: E402
+from executor.models.catalog import CATALOG, ONE_RANK, ONE_STAGE, Entry  # noqa: E402
+from executor.models.registry import ENCODERS  # noqa: E402
 
 TARGET = ROOT / "docs" / "models.md"
 START = "<!-- scripts/models_table.py writes this table -->\n"
 END = "<!-- end of the table -->\n"
 HEAD = """\
-| family | `architectures` | examples | tested weights | in GGUF files | `-tp` | limits |
-|---|---|---|---|---|---|---|
+| family | `architectures` | examples | tested weights | in GGUF files | `-tp` | `-pp` | limits |
+|---|---|---|---|---|---|---|---|
 """
 
 
-def shared(entry: Entry) -> str:
-    """Which of the architectures several ranks can share."""
-    if POOLING in entry.limits:
+def shared(entry: Entry, unshared: Mapping[str, str]) -> str:
+    """Which of the architectures several ranks can share; ``unshared`` are those that they cannot."""
+    if any(name in ENCODERS for name in entry.architectures):
         return ""
-    own = [name for name in entry.architectures if name not in ONE_RANK]
+    own = [name for name in entry.architectures if name not in unshared]
     return "yes" if len(own) == len(entry.architectures) else ", ".join(f"`{name}`" for name in own)
 
 
@@ -36,7 +38,8 @@ def row(entry: Entry) -> str:
         ", ".join(entry.examples),
         tested,
         ", ".join(f"`{name}`" for name in entry.gguf),
-        shared(entry),
+        shared(entry, ONE_RANK),
+        shared(entry, ONE_STAGE),
         entry.limits,
     )
     return "".join(f"| {cell} " if cell else "| " for cell in cells) + "|\n"

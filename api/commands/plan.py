@@ -30,11 +30,13 @@ class Speed:
         surveys: What its workers would report, and what the machine can do.
         kv_bytes_per_token: What a token of context takes in the KV cache.
         share: Share of the machine's bandwidth and arithmetic that the engine has.
+        num_stages: Pipeline stages, each with its share of that.
     """
 
     surveys: Sequence[ModelSurvey]
     kv_bytes_per_token: float
     share: float = 1.0
+    num_stages: int = 1
 
     @property
     def streams(self) -> tuple[int, ...]:
@@ -56,9 +58,15 @@ class Speed:
         return sum(each.read_bytes + each.expert_bytes * read for each in self.surveys)
 
     def decode(self, num_streams: int) -> float:
-        """Seconds of a step in which each stream gets a token after ``CONTEXT`` others."""
-        num_bytes = self._weight_bytes(num_streams) + num_streams * CONTEXT * self.kv_bytes_per_token
-        return self._seconds(self.rates.decode_seconds[num_streams], num_bytes)
+        """Seconds in which each stream gets a token after ``CONTEXT`` others.
+
+        With stages, streams take turns: each turn reads all weights, and one stream alone waits for all stages.
+        """
+        turns = self.num_stages
+        num_bytes = turns * self._weight_bytes(-(-num_streams // turns))
+        num_bytes += (turns if num_streams == 1 else 1) * num_streams * CONTEXT * self.kv_bytes_per_token
+        measured = self.rates.decode_seconds
+        return self._seconds(max(measured[num_streams], turns * measured[min(measured)]), num_bytes)
 
     def prefill(self) -> float:
         """Prompt tokens per second."""
@@ -80,7 +88,7 @@ def run(config: ServerConfig, name: str, *, as_json: bool = False) -> int:
     Raises:
         EngineDeadError: The model cannot be served at all; its exit code is 78.
     """
-    num_replicas = config.num_local_replicas
+    num_replicas, num_stages = config.num_local_replicas, config.engine.executor.parallel.pipeline_parallel_size
     engine = msgspec.structs.replace(config.engine, num_replicas=num_replicas)
     ended = subprocess.run(
         child_command("engine_core.plan"),
@@ -95,9 +103,9 @@ def run(config: ServerConfig, name: str, *, as_json: bool = False) -> int:
     if isinstance(answer, EngineDead):
         raise EngineDeadError(answer.message, answer.exit_code)
     if as_json:
-        print(json.dumps(figures(answer, name, num_replicas), indent=1))
+        print(json.dumps(figures(answer, name, num_replicas, num_stages), indent=1))
     else:
-        print("\n".join(report(answer, name, num_replicas, count_nodes(numa_nodes()))))
+        print("\n".join(report(answer, name, num_replicas, count_nodes(numa_nodes()), num_stages)))
         speculative = config.engine.executor.speculative
         if speculative is not None and speculative.draft is not None:
             print("note: the draft model is not counted")
@@ -110,9 +118,9 @@ def count_nodes(nodes: Mapping[int, Collection[int]]) -> int:
     return max(1, sum(not usable.isdisjoint(cores) for cores in nodes.values()))
 
 
-def figures(plan: ServingPlan, name: str, num_replicas: int = 1) -> dict[str, Any]:
+def figures(plan: ServingPlan, name: str, num_replicas: int = 1, num_stages: int = 1) -> dict[str, Any]:
     """All figures as JSON: bytes, tokens, milliseconds."""
-    speed = Speed(plan.surveys, plan.kv_bytes_per_token, 1 / num_replicas)
+    speed = Speed(plan.surveys, plan.kv_bytes_per_token, 1 / num_replicas, num_stages)
     ranks = [
         {
             "rank": survey.ready.rank,
@@ -141,7 +149,7 @@ def figures(plan: ServingPlan, name: str, num_replicas: int = 1) -> dict[str, An
     }
 
 
-def report(plan: ServingPlan, name: str, num_replicas: int, num_nodes: int) -> Iterator[str]:
+def report(plan: ServingPlan, name: str, num_replicas: int, num_nodes: int, num_stages: int = 1) -> Iterator[str]:
     """The plan as lines of text."""
     survey = plan.surveys[0]
     ready = survey.ready
@@ -162,7 +170,7 @@ def report(plan: ServingPlan, name: str, num_replicas: int, num_nodes: int) -> I
         of_token = _size(plan.kv_bytes_per_token)
         yield f"  KV cache: {_size(sum(plan.kv_cache_bytes))}, {plan.num_kv_tokens} tokens of {of_token}"
     yield f"  longest sequence: {plan.max_model_len} tokens"
-    speed = Speed(plan.surveys, plan.kv_bytes_per_token, 1 / num_replicas)
+    speed = Speed(plan.surveys, plan.kv_bytes_per_token, 1 / num_replicas, num_stages)
     if speed.streams:
         times = ", ".join(f"{count}: {speed.decode(count) * 1e3:.4g} ms" for count in speed.streams)
         yield f"  predicted step by number of streams, with {CONTEXT} tokens of context each: {times}"
@@ -170,6 +178,11 @@ def report(plan: ServingPlan, name: str, num_replicas: int, num_nodes: int) -> I
         yield f"  measured bandwidth: {survey.bytes_per_s / 1e9:.3g} GB/s with {survey.num_threads} threads"
     yield "fits"
     yield from advice(plan, num_replicas, num_nodes)
+    if num_stages > 1:
+        yield (
+            f"advice: --pipeline-parallel-size {num_stages} where the weights do not fit one node's memory; decoding "
+            "gets no faster, as streams take turns and each turn reads all weights"
+        )
 
 
 def advice(plan: ServingPlan, num_replicas: int, num_nodes: int) -> Iterator[str]:

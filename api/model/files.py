@@ -480,8 +480,8 @@ def _check_config(file: str | Path, config: ServerConfig, name: str | Path) -> d
         raise ModelFileError(file, "not a JSON object")
     fields = {**fields, **model.hf_overrides}
     try:
-        num_ranks = executor.parallel.tensor_parallel_size
-        check_supported(fields, model.quantization, model.model_impl, model.dtype, num_ranks)
+        sizes = executor.parallel.tensor_parallel_size, executor.parallel.pipeline_parallel_size
+        check_supported(fields, model.quantization, model.model_impl, model.dtype, *sizes)
     except ModelError as error:
         raise ModelFileError(name, f"config.json: {error}") from error
     if fields.get("auto_map"):

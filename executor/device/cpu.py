@@ -58,8 +58,6 @@ class CpuDevice:
         return ImmediateSteps()
 
     def communicator(self, parallel: ParallelState) -> Communicator:
-        if parallel.pp_size > 1:
-            raise ModelError(f"--pipeline-parallel-size {parallel.pp_size}: CPUs have no pipeline stages yet; use 1")
         if parallel.tp_size == 1:
             return SingleRank()
         flag = f"--tensor-parallel-size {parallel.tp_size}"

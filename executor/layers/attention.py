@@ -141,21 +141,27 @@ class SharedAttention(nn.Module):
         return source.backend.run((q, None, None), source.kv_cache, source.shape, batch.attention[source.group])
 
 
-def form_groups(layers: Sequence[Attention], block_size: int | None) -> tuple[AttentionGroup, ...]:
+def form_groups(
+    layers: Sequence[Attention], block_size: int | None, of_stages: Sequence[Attention] = ()
+) -> tuple[AttentionGroup, ...]:
     """Groups layers of the same kind, in order of first appearance, those with a cache first.
 
     Args:
         layers: All attention layers of the model, with their backends assigned.
         block_size: Tokens per block; None: each backend's preference.
+        of_stages: Those of all pipeline stages, if ``layers`` are those of one. A group may then have none here.
 
     Raises:
         ModelError: The block size does not suit a backend.
     """
     members: dict[tuple[AttentionBackend, AttentionShape, torch.dtype], list[int]] = {}
-    for index, layer in enumerate(layers):
+    places = {layer: index for index, layer in enumerate(layers)}
+    for layer in of_stages or layers:
         # Numbers may be computed differently: this concerns no cache.
         shape = replace(layer.shape, scale=1.0, k_scale=1.0, v_scale=1.0, alibi_slopes=None, has_biases=False)
-        members.setdefault((layer.backend, shape, layer.kv_dtype), []).append(index)
+        own = members.setdefault((layer.backend, shape, layer.kv_dtype), [])
+        if layer in places:
+            own.append(places[layer])
     groups = []
     ordered = sorted(members.items(), key=lambda item: not item[0][1].is_cached)
     for number, ((backend, shape, dtype), indexes) in enumerate(ordered):

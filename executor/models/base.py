@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from executor.base import ModelError
 from executor.checkpoint import Checkpoint
 from executor.hf_config import HFConfig
 from executor.input_batch import InputBatch, ModelOutput
@@ -41,6 +42,11 @@ class Model(nn.Module, ABC):
     """Types of tokens; 0: ``InputBatch.token_types`` is not needed."""
     ignored: Sequence[str] = ()
     """Names of tensors that a model with this configuration does not need, beside those that ``mapper`` ignores."""
+    attention_of_stages: Sequence[Attention] = ()
+    """The attention layers of all pipeline stages, in order; empty: there is one. KV cache groups are those of all
+    stages, since plans name blocks by group."""
+    names_of_stages: Collection[str] = ()
+    """Names of tensors that other pipeline stages have."""
     can_be_captured: ClassVar[bool] = True
     """False: the forward pass is more than ops, and runs eagerly in each step."""
 
@@ -78,6 +84,21 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def attention_layers(self) -> list[Attention]:
         """The attention layers, in order."""
+
+    def layer_bytes(self) -> tuple[list[int], int]:
+        """Bytes of the weights of each layer, and of what follows the last one, of a model that can be cut into stages.
+
+        Raises:
+            ModelError: It cannot.
+        """
+        raise ModelError(
+            f"--pipeline-parallel-size: workers cannot share the layers of {type(self).__name__} yet; use 1"
+        )
+
+    def keep_layers(self, first: int, end: int) -> None:
+        """Keeps consecutive layers, and what belongs before the first and after the last one, if they are among
+        them."""
+        raise NotImplementedError("the model cannot be cut")
 
     def stored_as(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint with the names and layouts of this model's tensors."""

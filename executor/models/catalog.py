@@ -35,6 +35,8 @@ ONE_RANK = {
     "Qwen3_5MoeForCausalLM": STATES,
 }
 """Architectures that several ranks cannot share, because of what. Nor can they share encoders."""
+ONE_STAGE = {"Gemma4ForCausalLM": "layers that read what earlier ones have cached"}
+"""Likewise, those that pipeline stages cannot share."""
 
 RECURRENT = "on CPUs only; no speculation; states of requests take up to half of the KV cache"
 POOLING = "embeddings, scores and classification only"

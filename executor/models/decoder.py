@@ -195,6 +195,17 @@ class Decoder(nn.Module):
             )
         self.norm = make_norm(config.hidden_size) if parts.has_final_norm else None
 
+    def keep_layers(self, first: int, end: int) -> None:
+        """Drops all other layers, and what they alone need. Layers keep their names."""
+        layers = list(self.layers)
+        self.layers = nn.ModuleList()
+        for index in range(first, end):
+            self.layers.add_module(str(index), layers[index])
+        if first > 0:
+            self.project_in = self.embedding_norm = self.embed_positions = self.embed_types = None
+        if end < len(layers):
+            self.norm = self.project_out = None
+
     def forward(self, batch: InputBatch, hidden: Tensor | None) -> Tensor:
         if hidden is None:
             hidden = self.embed(batch)
@@ -269,3 +280,21 @@ class CausalDecoder(Model):
 
     def attention_layers(self) -> list[Attention]:
         return [module for module in self.model.modules() if isinstance(module, Attention)]
+
+    def layer_bytes(self) -> tuple[list[int], int]:
+        sizes = [num_bytes(layer) for layer in self.model.layers]
+        return sizes, sum(map(num_bytes, (self.model.norm, self.model.project_out, self.lm_head, self.pooling_head)))
+
+    def keep_layers(self, first: int, end: int) -> None:
+        is_last = end == len(self.model.layers)
+        self.model.keep_layers(first, end)
+        if first > 0 and (self.lm_head is not self.model.embed_tokens or not is_last):
+            del self.model.embed_tokens
+        if not is_last:
+            self.lm_head = None
+            self._modules.pop("head", None)
+
+
+def num_bytes(module: nn.Module | None) -> int:
+    """Bytes of the parameters."""
+    return 0 if module is None else sum(parameter.nbytes for parameter in module.parameters())

@@ -27,7 +27,7 @@ from executor.layers.moe import MoE, Router
 from executor.layers.norm import RMSNorm
 from executor.layers.parameter import Part, WeightParameter, single
 from executor.layers.rotary import RotaryEmbedding
-from executor.models.base import WeightsMapper
+from executor.models.base import Model, WeightsMapper
 from executor.models.decoder import ROTARY_BUFFERS, CausalDecoder, Decoder, DecoderLayer, DecoderParts
 from executor.models.gemma2 import FULL, SANDWICH, SLIDING, embedding_scale, optional
 from executor.weights_mapper import STACKS
@@ -211,6 +211,7 @@ class Gemma4Decoder(Decoder):
 
 
 class Gemma4ForCausalLM(CausalDecoder):
+    layer_bytes = Model.layer_bytes  # layers read K and V of earlier ones, and an embedding of the token
     decoder = Gemma4Decoder
     attribute_map = {"hidden_act": "hidden_activation"}
     mapper = WeightsMapper(

@@ -1,19 +1,32 @@
 """Ranks: a worker's place among those that share a model, and its share of the model."""
 
 from executor.parallel.cores import about_ranks, numa_nodes, split_cores
-from executor.parallel.memory import create_shared_memory
-from executor.parallel.split import HeadShare, Share, split_columns, split_heads
+from executor.parallel.memory import (
+    RANKS,
+    STAGES,
+    SharedByRanks,
+    create_shared_memory,
+    hidden_event,
+    tokens_event,
+)
+from executor.parallel.split import HeadShare, Share, split_columns, split_heads, split_layers
 from executor.parallel.state import ParallelState, places
 
 __all__ = [
+    "RANKS",
+    "STAGES",
     "HeadShare",
     "ParallelState",
     "Share",
+    "SharedByRanks",
     "about_ranks",
     "create_shared_memory",
+    "hidden_event",
     "numa_nodes",
     "places",
     "split_columns",
     "split_cores",
     "split_heads",
+    "split_layers",
+    "tokens_event",
 ]

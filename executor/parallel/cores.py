@@ -86,7 +86,7 @@ def about_ranks(cores: Sequence[Collection[int]], nodes: Mapping[int, frozenset[
     nodes = numa_nodes() if nodes is None else nodes
     text = f"ranks run on cores {' | '.join(map(format_cores, cores))}"
     if len({core for own in cores for core in own}) < sum(map(len, cores)):
-        return f"{text}: they share some, and wait for each other; use a smaller --tensor-parallel-size"
+        return f"{text}: they share some, and wait for each other; use fewer"
     if len(nodes) < 2:
         return f"{text}; on one NUMA node, they are no faster than threads"
     return text

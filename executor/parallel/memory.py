@@ -1,11 +1,16 @@
-"""Memory that the ranks of a machine share. Needs no torch."""
+"""What the ranks of a machine share: memory, and events between pipeline stages. Needs no torch."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+
+from executor.parallel.state import ParallelState
 
 MOST_BYTES = 1 << 40
 """Size of the memory. Pages exist once they are written."""
+RANKS, STAGES = "ranks", "stages"
+"""Names of the descriptors of memory in which the ranks of a stage meet, and of that between stages."""
 
 
 def create_shared_memory() -> int:
@@ -17,3 +22,62 @@ def create_shared_memory() -> int:
     descriptor = os.memfd_create("octavo-ranks")
     os.ftruncate(descriptor, MOST_BYTES)
     return descriptor
+
+
+def hidden_event(rank: int) -> str:
+    """Name of the descriptor of the event that hidden states have come for a rank."""
+    return f"hidden.{rank}"
+
+
+def tokens_event(rank: int) -> str:
+    """Name of the descriptor of the event that tokens have come for a rank."""
+    return f"tokens.{rank}"
+
+
+class SharedByRanks:
+    """Descriptors for the ranks of one model, created when their workers start."""
+
+    def __init__(self, ranks: Sequence[ParallelState]) -> None:
+        """
+        Args:
+            ranks: All ranks, in order.
+
+        Raises:
+            OSError: The system refuses.
+        """
+        self._ranks = ranks
+        self._of_stages: dict[int, int] = {}
+        self._between: dict[str, int] = {}
+        first = ranks[0]
+        if first.tp_size > 1:
+            self._of_stages = {stage: create_shared_memory() for stage in range(first.pp_size)}
+        if first.pp_size > 1:
+            self._between = {STAGES: create_shared_memory()}
+            for each in ranks:
+                if each.pp_rank > 0:
+                    self._between[hidden_event(each.rank)] = _event()
+                if each.pp_rank < each.pp_size - 1:
+                    self._between[tokens_event(each.rank)] = _event()
+
+    def of(self, own: ParallelState) -> dict[str, int]:
+        """The descriptors that a rank gets, by name: it waits for its own events, and causes those of others."""
+        result = {}
+        if own.pp_rank in self._of_stages:
+            result[RANKS] = self._of_stages[own.pp_rank]
+        if not self._between:
+            return result
+        names = [STAGES, hidden_event(own.rank), tokens_event(own.rank)]
+        if own.tp_rank == 0:
+            names += [hidden_event(each.rank) for each in self._ranks if each.pp_rank == own.pp_rank + 1]
+        if own.is_output_rank:
+            names += [tokens_event(each.rank) for each in self._ranks]
+        return result | {name: self._between[name] for name in names if name in self._between}
+
+    def close(self) -> None:
+        """Closes the descriptors: workers have got them."""
+        for descriptor in (*self._of_stages.values(), *self._between.values()):
+            os.close(descriptor)
+
+
+def _event() -> int:
+    return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)

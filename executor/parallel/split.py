@@ -1,9 +1,10 @@
-"""Which rank holds what: heads by groups of KV heads, all else by blocks of columns. Needs no torch."""
+"""Which rank holds what: layers by stage, heads by KV heads, the rest by blocks of columns. Needs no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 UNIT = 32
 """Columns of a block: a row's 64 bytes in 16 bits, so that no two ranks write to a cache line."""
@@ -84,6 +85,42 @@ def split_heads(num_heads: int, num_kv_heads: int, num_ranks: int) -> tuple[Head
             f"--tensor-parallel-size {most} or less"
         )
     return tuple(result)
+
+
+def split_layers(sizes: Sequence[int], num_stages: int, last: int = 0) -> tuple[Share, ...]:
+    """The layers of each pipeline stage: consecutive ones, such that the largest stage is as small as possible.
+
+    Args:
+        sizes: Bytes that a step reads of each layer.
+        num_stages: Pipeline parallel size.
+        last: Bytes that it reads after the last layer.
+
+    Raises:
+        ValueError: There are fewer layers than stages.
+    """
+    count = len(sizes)
+    if count < num_stages:
+        raise ValueError(f"{count} layers are too few: use --pipeline-parallel-size {count} or less")
+    costs = [[0] * (count + 1) for _ in range(num_stages)]
+    """By stage and first layer: the largest of this stage and those after it."""
+    ends = [[count] * (count + 1) for _ in range(num_stages)]
+    """Where the stage ends then: as early as possible, since what follows the last layer is not all that it does."""
+    sums = [0, *accumulate(sizes)]
+    for first in range(count):
+        costs[-1][first] = sums[-1] - sums[first] + last
+    for stage in range(num_stages - 2, -1, -1):
+        num_after = num_stages - 1 - stage
+        for first in range(stage, count - num_after):
+            costs[stage][first], ends[stage][first] = min(
+                (max(sums[end] - sums[first], costs[stage + 1][end]), end)
+                for end in range(first + 1, count - num_after + 1)
+            )
+    shares, first = [], 0
+    for stage in range(num_stages):
+        end = ends[stage][first]
+        shares.append(Share(first, end - first))
+        first = end
+    return tuple(shares)
 
 
 def _sizes_that_work(num_heads: int, num_kv_heads: int) -> Sequence[int]:

@@ -10,7 +10,7 @@ import torch
 import ops
 from executor.deferred import Deferred
 from executor.device.steps import ImmediateSteps, StepChannel
-from executor.messages import I32, ResolvedParams, TokenLogprobs
+from executor.messages import I32, I64, ResolvedParams, TokenLogprobs
 from executor.registry import resolve
 from executor.request_states import RequestStates
 from executor.sampling.base import (
@@ -40,6 +40,24 @@ def new_backend(op_set: ops.OpSet, max_num_seqs: int, channel: StepChannel | Non
         return ReferenceSampler(max_num_seqs, channel)
     backend: SamplerBackend = resolve(REGISTRY, op_set.name, "sampler")(op_set, max_num_seqs, channel)
     return backend
+
+
+def with_ids(sampled: Sampled, rows: SampleRows) -> tuple[Sampled, torch.Tensor]:
+    """What was sampled, now known, and what ranks that sample nothing need of it: int64 [rows], the tokens, -1 where
+    there was an error."""
+    output = sampled.output.make([tensor.numpy() for tensor in sampled.output.tensors])
+    ids = torch.from_numpy(output.token_ids.copy())
+    failed = {(error.row, error.position) for error in output.row_errors}
+    for index in range(len(ids)) if failed else ():
+        if rows.name(index) in failed:
+            ids[index] = -1
+    return Sampled(sampled.token_ids, Deferred.known(output)), ids
+
+
+def from_ids(ids: I64, rows: SampleRows) -> SamplerOutput:
+    """What another rank has sampled, from the numbers of ``with_ids``."""
+    errors = [row_error(*rows.name(index), BAD_LOGITS) for index in np.flatnonzero(ids < 0).tolist()]
+    return SamplerOutput(np.maximum(ids, 0), row_errors=errors)
 
 
 class Sampler:
@@ -116,22 +134,16 @@ class Sampler:
         return sampled if self._communicator.size == 1 else self._sent(sampled, rows)
 
     def _sent(self, sampled: Sampled, rows: SampleRows) -> Sampled:
-        """Gives the other ranks the tokens: those with an error are -1."""
-        output = sampled.output.make([tensor.numpy() for tensor in sampled.output.tensors])
-        ids = sampled.token_ids.clone()
-        failed = {(error.row, error.position) for error in output.row_errors}
-        for index in range(len(ids)) if failed else ():
-            if rows.name(index) in failed:
-                ids[index] = -1
+        """Gives the other ranks the tokens."""
+        sampled, ids = with_ids(sampled, rows)
         self._communicator.broadcast(ids)
-        return Sampled(sampled.token_ids, Deferred.known(output))
+        return sampled
 
     def _received(self, rows: SampleRows) -> Sampled:
         """What rank 0 has sampled, so that all ranks accept the same drafts."""
         ids = self._communicator.broadcast(torch.zeros(len(rows), dtype=torch.int64))
-        errors = [row_error(*rows.name(index), BAD_LOGITS) for index in (ids < 0).nonzero().flatten().tolist()]
-        ids = ids.clamp(min=0)
-        return Sampled(ids, Deferred.known(SamplerOutput(ids.numpy(), row_errors=errors)))
+        output = from_ids(ids.numpy(), rows)
+        return Sampled(torch.from_numpy(output.token_ids), Deferred.known(output))
 
     def keep_tokens_in(self, buffer: torch.Tensor) -> bool:
         """See ``SamplerBackend``."""

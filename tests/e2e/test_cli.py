@@ -88,7 +88,7 @@ def test_a_context_that_does_not_fit(tiny_model: Path) -> None:
         (["--max-num-seqs", "0"], "--max-num-seqs: expected int >= 1"),
         (["--dtype", "int3"], "--dtype: invalid choice"),
         (["--nonesuch"], "unknown option --nonesuch"),
-        (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2"),
+        (["--pipeline-parallel-size", "0"], "--pipeline-parallel-size: expected int >= 1"),
         (["--hf-overrides", "{"], "--hf-overrides"),
         (["--config", "/nonexistent.yaml"], "/nonexistent.yaml"),
         (["a", "--model", "b"], "two different models given"),

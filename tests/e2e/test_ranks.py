@@ -28,12 +28,12 @@ MAX_TOKENS = 120
 class Ranks(Harness):
     """An engine core in this thread, and workers in processes."""
 
-    def __init__(self, model: Path, ipc_dir: Path, num_ranks: int) -> None:
+    def __init__(self, model: Path, ipc_dir: Path, num_ranks: int, num_stages: int) -> None:
         config = EngineConfig(
             cache=CacheConfig(kv_cache_memory=64 << 20),
             executor=ExecutorConfig(
                 model=ModelConfig(model=str(model), dtype="float32", max_model_len=512),
-                parallel=ParallelConfig(tensor_parallel_size=num_ranks),
+                parallel=ParallelConfig(tensor_parallel_size=num_ranks, pipeline_parallel_size=num_stages),
                 device=DeviceConfig(num_threads=1),
             ),
         )
@@ -74,8 +74,8 @@ class Ranks(Harness):
 
 
 @contextmanager
-def ranks(model: Path, ipc_dir: Path, count: int) -> Iterator[Ranks]:
-    result = Ranks(model, ipc_dir, count)
+def ranks(model: Path, ipc_dir: Path, count: int, num_stages: int = 1) -> Iterator[Ranks]:
+    result = Ranks(model, ipc_dir, count, num_stages)
     try:
         yield result
     finally:
@@ -83,25 +83,46 @@ def ranks(model: Path, ipc_dir: Path, count: int) -> Iterator[Ranks]:
         result.workers._context.term()  # type: ignore[attr-defined]
 
 
-@pytest.mark.timeout(300)
-def test_either_rank_may_die_or_stop(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def expected(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """The tokens of one rank."""
+    with ranks(tiny_model, tmp_path_factory.mktemp("ipc"), 1) as one:
+        tokens = one.generate()
+    assert [len(output) for output in tokens] == [MAX_TOKENS] * 6
+    return tokens
+
+
+def check_faults(two: Ranks, expected: list[list[int]]) -> None:
+    """Kills one of two ranks, and stops the other."""
+    assert two.generate() == expected
+    assert len(two.workers.worker_pids()) == 2 and not two.messages(WorkersLost)
+    faults = [
+        (signal.SIGKILL, 0, "ended with exit code -9"),
+        (signal.SIGSTOP, 1, "has been stopped for"),
+    ]
+    for number, (what, rank, reason) in enumerate(faults, start=1):
+        before = two.workers.worker_pids()
+        assert two.generate(lambda: os.kill(before[rank], what)) == expected  # noqa: B023
+        lost = two.messages(WorkersLost)
+        assert len(lost) == number and f"worker {rank} (pid {before[rank]}) {reason}" in lost[-1].reason
+        assert not set(two.workers.worker_pids()) & set(before)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine_core.worker_watch.STOPPED_TIMEOUT", 1.5)
-    with ranks(tiny_model, tmp_path, 1) as one:
-        expected = one.generate()
-        assert [len(tokens) for tokens in expected] == [MAX_TOKENS] * 6
+
+
+@pytest.mark.timeout(300)
+def test_either_rank_may_die_or_stop(expected: list[list[int]], tiny_model: Path, tmp_path: Path) -> None:
     with ranks(tiny_model, tmp_path, 2) as two:
-        assert two.generate() == expected
-        assert len(two.workers.worker_pids()) == 2 and not two.messages(WorkersLost)
-        faults = [
-            (signal.SIGKILL, 0, "ended with exit code -9"),
-            (signal.SIGSTOP, 1, "has been stopped for"),
-        ]
-        for number, (what, rank, reason) in enumerate(faults, start=1):
-            before = two.workers.worker_pids()
-            assert two.generate(lambda: os.kill(before[rank], what)) == expected  # noqa: B023
-            lost = two.messages(WorkersLost)
-            assert len(lost) == number and f"worker {rank} (pid {before[rank]}) {reason}" in lost[-1].reason
-            assert not set(two.workers.worker_pids()) & set(before)
+        check_faults(two, expected)
+
+
+@pytest.mark.timeout(300)
+def test_stages_may_die_or_stop(expected: list[list[int]], tiny_model: Path, tmp_path: Path) -> None:
+    with ranks(tiny_model, tmp_path, 1, 2) as two:
+        check_faults(two, expected)
 
 
 @pytest.mark.timeout(300)

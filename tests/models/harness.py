@@ -34,6 +34,7 @@ from executor.quantization.unquantized import PlainLinear, PlainTable
 from ops import AttentionMetadata
 from ops.cpu.kernels import unpack_linear
 from ops.cpu.op_set import CpuOps
+from ops.dispatch import Spec
 from tests import tiny
 from tests.ops.cpu import threads
 
@@ -131,11 +132,14 @@ class Runner:
         max_len: int = 256,
         block_size: int = 32,
         seed: int = 0,
+        goes_on: bool = False,
     ) -> None:
+        """``goes_on``: the model is a pipeline stage after the first one."""
         self.model = loaded.model
         self.block_size = block_size
         layers = self.model.attention_layers()
-        self.groups = form_groups(layers, block_size)
+        self.groups = form_groups(layers, block_size, self.model.attention_of_stages)
+        self.hidden = Spec("tokens", loaded.hf_config.hidden_size, loaded.dtype) if goes_on else None
         generator = torch.Generator().manual_seed(seed)
         self.block_tables = []
         for group in self.groups:  # those without a cache get as many blocks for each step
@@ -156,17 +160,20 @@ class Runner:
     def _capture(self) -> Program:
         program = Program(CPU.type)
         has_types = self.model.num_token_types > 0
-        logits: Any = self._forward(InputBatch.symbolic(program, len(self.groups), has_token_types=has_types))
+        batch = InputBatch.symbolic(program, len(self.groups), has_token_types=has_types, hidden=self.hidden)
+        logits: Any = self._forward(batch)
         program.finish(logits)
         return program
 
     def _forward(self, batch: InputBatch) -> torch.Tensor:
-        hidden = self.model.forward(batch).hidden
+        hidden = self.model.forward(batch, batch.hidden).hidden
         return self.model.compute_logits(ops.gather_rows(hidden, batch.logits_rows), batch)
 
-    def step(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Runs one step and returns the logits of all its tokens, float32 [num_tokens, vocab_size]."""
+    def step(self, chunks: Sequence[Chunk], hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """Runs one step and returns the logits of all its tokens, float32 [num_tokens, vocab_size]; of a pipeline stage
+        before the last, hidden states. ``hidden``: those of the stage before."""
         batch = self._batch(chunks)
+        batch.hidden = hidden
         with torch.inference_mode():
             if self.program is not None:
                 return self.program.replay(batch.step_inputs())[0].clone()  # the next replay overwrites it

@@ -64,18 +64,21 @@ def test_a_survey_is_what_a_worker_reports(name: str) -> None:
     assert survey.weights["tables"]
 
 
-@pytest.mark.parametrize(("kind", "size"), [("llama", 2), ("qwen3_moe", 2)])
-def test_ranks_hold_what_the_survey_says(kind: str, size: int) -> None:
+@pytest.mark.parametrize(("kind", "size", "stages"), [("llama", 2, 1), ("qwen3_moe", 2, 1), ("gemma3", 1, 2)])
+def test_ranks_hold_what_the_survey_says(kind: str, size: int, stages: int) -> None:
     model = ModelConfig(model=str(tiny.checkpoint(kind)))
-    parallel = ParallelConfig(tensor_parallel_size=size)
+    parallel = ParallelConfig(tensor_parallel_size=size, pipeline_parallel_size=stages)
     config = ExecutorConfig(
         model=model, parallel=parallel, step_size=StepSize(max_num_seqs=8, max_num_batched_tokens=64)
     )
     surveys = plan.survey_ranks(config, measures=False)
     for place, survey in zip(places(parallel), surveys, strict=True):
-        communicator = ops.NotConnected(place.tp_rank, size, cuts_sums=False)
+        communicator = ops.NotConnected(place.tp_rank, size, cuts_sums=False) if size > 1 else None
         loaded = load_model(model, place, torch.device("cpu"), None, lambda *_: None, communicator=communicator)
         assert survey.ready.weight_bytes == loaded.weight_bytes == sum(survey.weights.values())
+        assert survey.ready.shares_memory
+    groups = [[spec.layers for spec in survey.ready.kv_cache_groups] for survey in surveys]
+    assert len({len(each) for each in groups}) == 1, "plans name blocks by group"
 
 
 def test_the_encoder_of_images_counts() -> None:

@@ -118,7 +118,9 @@ def test_a_step_takes_what_reading_or_computing_takes() -> None:
     experts = command.Speed([survey(read_bytes=0, expert_bytes=100 * MIB, expert_share=0.5)], 0.0)
     assert experts.decode(1) == pytest.approx(0.005) and experts.decode(8) == pytest.approx(0.01 * (1 - 0.5**8))
     assert command.Speed([survey(bytes_per_s=0.0)], 0.0).streams == ()
-    assert command.Speed([survey(), survey()], 0.0).decode(1) == pytest.approx(0.02)  # of ranks, on one memory
+    ranks = [survey(), survey()]
+    assert command.Speed(ranks, 0.0).decode(1) == pytest.approx(0.02)  # of ranks, on one memory
+    assert command.Speed(ranks, 0.0, num_stages=2).decode(1) == pytest.approx(0.04)  # each with half of the cores
 
 
 def test_the_report_names_what_fits_and_what_to_use() -> None:

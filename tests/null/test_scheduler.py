@@ -119,6 +119,7 @@ class Engine:
         caching: bool = True,
         max_draft_tokens: int = 0,
         propose: Callable[[list[int]], list[int]] = lambda tokens: [],
+        num_stages: int = 1,
         **config: object,
     ) -> Engine:
         """An engine with one KV cache group without a window, unless ``groups`` says otherwise."""
@@ -130,6 +131,7 @@ class Engine:
             shape,
             MAX_LEN,
             max_draft_tokens=max_draft_tokens,
+            num_stages=num_stages,
         )
         return cls(scheduler, FakeDevice(shape.groups, VOCAB, STOP, propose), depth)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from executor.parallel import Share, about_ranks, split_columns, split_cores, split_heads
+from executor.parallel import Share, about_ranks, split_columns, split_cores, split_heads, split_layers
 from executor.parallel.cores import format_cores, numa_nodes, parse_cores
 
 SHAPES = [(9, 3), (4, 2), (8, 1), (6, 2), (12, 12), (16, 8), (32, 8), (7, 7)]
@@ -45,6 +49,27 @@ def test_heads_of_small_models() -> None:
         split_heads(9, 3, 10)
     with pytest.raises(ValueError, match="cannot be divided"):
         split_heads(9, 2, 2)
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=9), st.integers(1, 4), st.integers(0, 40))
+def test_stages_are_as_equal_as_they_can_be(sizes: list[int], num_stages: int, last: int) -> None:
+    if len(sizes) < num_stages:
+        with pytest.raises(ValueError, match=f"use --pipeline-parallel-size {len(sizes)} or less"):
+            split_layers(sizes, num_stages, last)
+        return
+
+    def largest(ends: Sequence[int]) -> int:
+        parts = [sum(sizes[begin:end]) for begin, end in pairwise([0, *ends, len(sizes)])]
+        return max([*parts[:-1], parts[-1] + last])
+
+    shares = split_layers(sizes, num_stages, last)
+    assert len(shares) == num_stages and covers(list(shares), len(sizes)) and all(share.size for share in shares)
+    best = min(largest(ends) for ends in combinations(range(1, len(sizes)), num_stages - 1))
+    assert largest([share.end for share in shares[:-1]]) == best
+
+
+def test_the_output_layer_counts() -> None:
+    assert [share.size for share in split_layers([7] * 30, 2, 56)] == [19, 11]
 
 
 @pytest.mark.parametrize("size", [32, 96, 100, 576, 49152, 151936])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
+import torch
 
 import ops
 from executor.base import ModelError
@@ -13,6 +14,8 @@ from executor.device import base
 from executor.device.base import create_device, device_problem, known_devices
 from executor.device.cpu import CpuDevice
 from executor.parallel import ParallelState
+from executor.stages import StageRoom, connect
+from ops.dispatch import Spec
 from tests.ops.cpu import using
 
 
@@ -71,8 +74,9 @@ def test_ranks_of_a_device_that_cannot_meet_are_refused() -> None:
     assert CpuDevice().communicator(ParallelState(rank=1)).size == 1
     with pytest.raises(ModelError, match="^--tensor-parallel-size 2: ranks "):
         CpuDevice().communicator(ParallelState(tp_size=2))
-    with pytest.raises(ModelError, match="^--pipeline-parallel-size 3: CPUs have no pipeline stages yet; use 1$"):
-        CpuDevice().communicator(ParallelState(pp_size=3))
+    place = ParallelState(pp_size=3)
+    with pytest.raises(ModelError, match="^--pipeline-parallel-size 3: stages are processes, which --distributed-"):
+        connect(place, {}, Spec("tokens", 64, torch.float32), StageRoom(4, 16, 16), ops.SingleRank())
 
 
 def test_a_device_chooses_its_op_set(other: type[OtherDevice]) -> None:

@@ -63,7 +63,7 @@ def test_names_of_vllm_without_effect() -> None:
 
 
 OPTIONS = [
-    ({"pipeline_parallel_size": 2}, "pipeline stages are not supported yet"),
+    ({"pipeline_parallel_size": 2, "distributed_executor_backend": "inline"}, "each rank is a process"),
     ({"enable_chunked_prefill": False}, "needs --max-num-batched-tokens"),
 ]
 

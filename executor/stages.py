@@ -1,0 +1,352 @@
+"""Pipeline stages: what a stage gets from the one before it, and what it passes on.
+
+Each step goes through all stages. A stage gets the hidden states of the step's tokens from the one before it, and the
+last one tells all others which tokens were sampled: they keep the same tables, and the first one goes on from them. So
+for all but the last stage, the results of a step come late, as from a device (``StepChannel``).
+
+What connects stages is a ``StageLink``. On one machine that is a ring of messages in memory that its ends map
+(``SharedRing``); nothing else here knows how messages travel.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from executor.base import ModelError
+from executor.deferred import Array, Deferred
+from executor.device.steps import Graphs, Pending, RecentTokens, StepChannel
+from executor.messages import I64, ResolvedParams, SchedulerOutput, i32
+from executor.parallel import STAGES, ParallelState, hidden_event, tokens_event
+from executor.request_states import RequestStates
+from executor.sampling.base import Sampled, SampleRows, TokenMask
+from executor.sampling.sampler import Sampler, from_ids, with_ids
+from ops import Communicator, SingleRank
+from ops.dispatch import Spec
+
+_PAGE = mmap.ALLOCATIONGRANULARITY
+_LINE = 64
+"""Bytes of a cache line. Counters of different processes share none."""
+
+
+class StageLink(Protocol):
+    """Messages from one rank to others, in the order of steps, one for each."""
+
+    def send(self, step_id: int, tensor: Tensor) -> None:
+        """Sends a copy of a tensor."""
+
+    def num_arrived(self) -> int:
+        """Messages that have come so far, those taken included."""
+
+    def take(self, step_id: int) -> Tensor:
+        """uint8 [bytes]: the next message, which has come. Holds until the next one is taken."""
+
+    def fileno(self) -> int:
+        """Readable while messages have come that ``num_arrived`` has not counted."""
+
+
+class SharedRing:
+    """A link through memory that both ends map. The sender signals each receiver with an event for each message.
+
+    The system orders what was written before an event and what is read after it.
+    """
+
+    def __init__(
+        self, memory: int, start: int, num_slots: int, slot_bytes: int, events: Sequence[int], reader: int | None = None
+    ) -> None:
+        """Opens one end.
+
+        Args:
+            memory: Descriptor of the memory, zeroed.
+            start: Where the ring begins; see ``ring_bytes``.
+            num_slots: Messages that may be under way.
+            slot_bytes: Size of the longest.
+            events: Event descriptors of all readers, in order; of a reader, its own.
+            reader: Index of this reader; None: this is the sender.
+        """
+        length = ring_bytes(num_slots, slot_bytes)
+        mapping = mmap.mmap(memory, length, flags=mmap.MAP_SHARED, offset=start)
+        self._data = np.frombuffer(mapping, np.uint8)
+        self._num_taken = self._data[:_PAGE].view(np.int64)[:: _LINE // 8]
+        """By reader; each has one writer."""
+        self._num_slots, self._slot_bytes = num_slots, _slot_bytes(slot_bytes)
+        self._events, self._reader = tuple(events), reader
+        self._count = 0
+        """Messages sent, or those that have come."""
+
+    def send(self, step_id: int, tensor: Tensor) -> None:
+        slowest = int(self._num_taken[: len(self._events)].min())
+        assert self._count - slowest < self._num_slots, "more steps are in flight than stages have room for"
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        slot = self._slot(self._count)
+        slot[:16].view(np.int64)[:] = step_id, len(data)
+        slot[_LINE : _LINE + len(data)] = data
+        self._count += 1
+        for event in self._events:
+            os.eventfd_write(event, 1)
+
+    def _slot(self, number: int) -> npt.NDArray[np.uint8]:
+        begin = _PAGE + number % self._num_slots * self._slot_bytes
+        return self._data[begin : begin + self._slot_bytes]
+
+    def num_arrived(self) -> int:
+        with suppress(BlockingIOError):
+            self._count += os.eventfd_read(self._events[0])
+        return self._count
+
+    def take(self, step_id: int) -> Tensor:
+        assert self._reader is not None
+        number = int(self._num_taken[self._reader])
+        assert number < self._count, "the message has not come"
+        slot = self._slot(number)
+        sent, length = slot[:16].view(np.int64).tolist()
+        assert sent == step_id, f"expected what belongs to step {step_id}, got step {sent}"
+        self._num_taken[self._reader] = number + 1  # the last slot stays untouched: there is one more than steps
+        return torch.from_numpy(slot[_LINE : _LINE + length])
+
+    def fileno(self) -> int:
+        return self._events[0]
+
+
+def _slot_bytes(slot_bytes: int) -> int:
+    return _LINE + -(-slot_bytes // _LINE) * _LINE
+
+
+def ring_bytes(num_slots: int, slot_bytes: int) -> int:
+    """Memory of a ring."""
+    return -(-(_PAGE + num_slots * _slot_bytes(slot_bytes)) // _PAGE) * _PAGE
+
+
+class Stage:
+    """The place of a rank in the pipeline."""
+
+    def __init__(
+        self,
+        parallel: ParallelState,
+        hidden: Spec,
+        *,
+        source: StageLink | None = None,
+        target: StageLink | None = None,
+        tokens: StageLink | None = None,
+        communicator: Communicator | None = None,
+    ) -> None:
+        """
+        Args:
+            parallel: The rank.
+            hidden: Of the hidden states between stages.
+            source: Brings the hidden states of the stage before; None on the first stage, and of a model that is
+                measured and not served: they are zeros.
+            target: Takes this stage's; None on the last stage, and on ranks whose hidden states another one passes on.
+            tokens: Of the output rank, takes the sampled tokens; of ranks of earlier stages, brings them.
+            communicator: Connects the ranks of this stage; None: there is one.
+        """
+        self._communicator = communicator or SingleRank()
+        self.is_first = parallel.pp_rank == 0
+        self.is_last = parallel.pp_rank == parallel.pp_size - 1
+        self.hidden = None if self.is_first else hidden
+        """Of this stage's input."""
+        self._source, self._target, self._tokens = source, target, tokens
+        self._num_inputs = 0
+        """Hidden states taken so far."""
+        self._step_id = 0
+
+    @property
+    def wake_fds(self) -> list[int]:
+        """Descriptors that become readable when hidden states have come; the channel has that of tokens."""
+        return [] if self._source is None else [self._source.fileno()]
+
+    def listen(self) -> None:
+        """Takes note of what has come."""
+        for link in (self._source, None if self.is_last else self._tokens):
+            if link is not None:
+                link.num_arrived()
+
+    def lacks_input(self, plan: SchedulerOutput, states: RequestStates) -> bool:
+        """Whether a step cannot begin yet: the stage before has not computed it, or tokens that the first stage needs
+        have not come back from the last one."""
+        if self._source is not None:
+            return self._source.num_arrived() == self._num_inputs
+        return self.lacks_tokens(plan, states)
+
+    def lacks_tokens(self, plan: SchedulerOutput, states: RequestStates) -> bool:
+        """Whether tokens of a plan's rows have not come back from the last stage."""
+        if self.is_last or self._tokens is None:
+            return False
+        slots, counts = i32(plan.slots), i32(plan.num_scheduled_tokens)
+        known, ends = states.num_known[slots], states.num_computed[slots] + counts
+        lacks: npt.NDArray[np.bool_] = (known < states.num_tokens[slots]) & (known < ends)
+        if not lacks.any():
+            return False
+        started = [request.slot for request in plan.new_reqs]  # others had these slots before
+        return bool((lacks & ~np.isin(slots, started)).any())
+
+    def begin(self, step_id: int, num_tokens: int) -> Tensor | None:
+        """Begins a step that does not lack its input.
+
+        Returns:
+            The hidden states of its tokens, [num_tokens, hidden_size]; None on the first stage.
+        """
+        self._step_id = step_id
+        if self.hidden is None:
+            return None
+        if self._source is None:
+            return self.zeros(num_tokens)
+        self._num_inputs += 1
+        return self._source.take(step_id).view(self.hidden.dtype).view(num_tokens, self.hidden.width)
+
+    def zeros(self, num_tokens: int) -> Tensor | None:
+        """What ``begin`` returns in a dry run."""
+        if self.hidden is None:
+            return None
+        return torch.zeros((num_tokens, self.hidden.width), dtype=self.hidden.dtype)
+
+    def pass_on(self, hidden: Tensor) -> None:
+        """Sends the hidden states of the step's tokens to the next stage."""
+        if self._target is not None:
+            self._target.send(self._step_id, hidden)
+        if not self.is_last:  # the ranks of a stage share these rows, which the next step overwrites
+            self._communicator.wait()
+
+    def announce(self, sampled: Sampled, rows: SampleRows) -> Sampled:
+        """Tells the other stages which tokens the output rank has sampled."""
+        if self._tokens is None or not self.is_last:
+            return sampled
+        sampled, ids = with_ids(sampled, rows)
+        self._tokens.send(self._step_id, ids)
+        return sampled
+
+    def channel(self, channel: StepChannel) -> StepChannel:
+        """The channel of the device: of all but the last stage, results come with the tokens."""
+        return channel if self.is_last or self._tokens is None else AwaitedSteps(channel, self._tokens)
+
+    def sampler(self, sampler: Sampler) -> Sampler:
+        """What gives the tokens of a step, of the last stage the sampler."""
+        return sampler if self.is_last else AwaitedTokens(self._next_tokens)
+
+    def _next_tokens(self) -> Callable[[], I64]:
+        """What returns the tokens of this step once they have come."""
+        step_id, tokens = self._step_id, self._tokens
+        assert tokens is not None
+        return lambda: tokens.take(step_id).view(torch.int64).numpy().copy()
+
+
+class AwaitedSteps:
+    """The channel of a device that shares the host's memory, with results that come with the tokens of the step."""
+
+    graphs: Graphs | None = None
+
+    def __init__(self, channel: StepChannel, tokens: StageLink) -> None:
+        self._channel = channel
+        self._tokens = tokens
+        self._num_steps = 0
+
+    def upload(self, columns: Mapping[str, Array]) -> Mapping[str, Tensor]:
+        return self._channel.upload(columns)
+
+    def download(self, tensors: Sequence[Tensor]) -> Pending:
+        self._num_steps += 1
+        return _Awaited(self._tokens, self._num_steps)
+
+    def recent_tokens(self, max_num_seqs: int) -> RecentTokens:
+        return self._channel.recent_tokens(max_num_seqs)
+
+    def fileno(self) -> int:
+        return self._tokens.fileno()
+
+
+class _Awaited:
+    device_ms = 0.0
+
+    def __init__(self, tokens: StageLink, number: int) -> None:
+        self._tokens = tokens
+        self._number = number
+
+    def is_ready(self) -> bool:
+        return self._tokens.num_arrived() >= self._number
+
+    def collect(self) -> Sequence[Array]:
+        return ()
+
+
+class AwaitedTokens(Sampler):
+    """Samples nothing: the tokens of a step are those of the last stage."""
+
+    def __init__(self, next_tokens: Callable[[], Callable[[], I64]]) -> None:
+        """``next_tokens`` is asked before a step's tokens have come, and returns what returns them afterwards."""
+        super().__init__(0)
+        self._next_tokens = next_tokens
+
+    def add(self, slot: int, params: ResolvedParams) -> None:
+        pass
+
+    def lacks_tokens(self, rows: SampleRows, states: RequestStates) -> bool:
+        return False
+
+    def sample(self, logits: Tensor, rows: SampleRows, states: RequestStates, mask: TokenMask | None = None) -> Sampled:
+        tokens = self._next_tokens()
+        return Sampled(torch.empty(0, dtype=torch.int64), Deferred((), lambda arrays: from_ids(tokens(), rows)))
+
+
+@dataclass(frozen=True)
+class StageRoom:
+    """What links have room for."""
+
+    num_steps: int
+    """Steps in flight."""
+    max_tokens: int
+    max_samples: int
+
+
+def connect(
+    parallel: ParallelState, descriptors: Mapping[str, int], hidden: Spec, room: StageRoom, communicator: Communicator
+) -> Stage:
+    """The stage of a rank of one machine.
+
+    Args:
+        parallel: The rank.
+        descriptors: What ``executor.parallel.SharedByRanks`` gives it.
+        hidden: Of the hidden states between stages.
+        room: The same for all ranks.
+        communicator: Connects the ranks of the stage.
+
+    Raises:
+        ModelError: The ranks share nothing.
+    """
+    if parallel.pp_size == 1:
+        return Stage(parallel, hidden)
+    memory = descriptors.get(STAGES)
+    if memory is None:
+        raise ModelError(
+            f"--pipeline-parallel-size {parallel.pp_size}: stages are processes, which --distributed-executor-backend "
+            "mp starts"
+        )
+    num_slots = room.num_steps + 1
+    size = room.max_tokens * hidden.width * hidden.dtype.itemsize
+    stride, first = ring_bytes(num_slots, size), parallel.rank - parallel.tp_rank
+
+    def ring(number: int, slot_bytes: int, events: Sequence[str], reader: int | None = None) -> SharedRing:
+        signals = [descriptors[name] for name in events]
+        return SharedRing(memory, number * stride, num_slots, slot_bytes, signals, reader)
+
+    source = target = tokens = None
+    is_last, rank = parallel.pp_rank == parallel.pp_size - 1, parallel.rank
+    if parallel.pp_rank:
+        source = ring(parallel.pp_rank - 1, size, [hidden_event(rank)], parallel.tp_rank)
+    if not is_last and parallel.tp_rank == 0:
+        following = range(first + parallel.tp_size, first + 2 * parallel.tp_size)
+        target = ring(parallel.pp_rank, size, [hidden_event(each) for each in following])
+    of_tokens = parallel.pp_size - 1, 8 * room.max_samples
+    if not is_last:
+        tokens = ring(*of_tokens, [tokens_event(rank)], rank)
+    elif parallel.is_output_rank:
+        tokens = ring(*of_tokens, [tokens_event(each) for each in range(first)])
+    return Stage(parallel, hidden, source=source, target=target, tokens=tokens, communicator=communicator)
