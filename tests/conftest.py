@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import hypothesis  # noqa: F401  # its pytest plugin would import it when tests are over, where its warnings are errors
 import pytest
+
+from tests.turns import Turns
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
 os.environ.setdefault(
@@ -16,6 +19,19 @@ os.environ.setdefault(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--octavo-device", default="cpu", help="the device that tests/device_contract.py is about")
+
+
+turns = Turns()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # outside of pytest-timeout, which must not count the waiting
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    with turns.take(alone=item.get_closest_marker("alone") is not None):
+        return (yield)
+
+
+def pytest_unconfigure() -> None:
+    turns.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -89,9 +90,7 @@ def build(operations: Iterable[Operation], *, has_keys: bool, root_path: str = "
         if kind is not None
     }
     types[ChatTool] = None  # request schemas refer to it, though their tools are plain dictionaries
-    schemas, components = msgspec.json.schema_components(list(types), ref_template=_REF)
-    describe_fields(components)
-    by_type: Schemas = dict(zip(types, schemas, strict=True))
+    by_type, components = _schemas(tuple(types))
     paths: dict[str, dict[str, Any]] = {}
     for operation in table:
         path = operation.path.replace(":path}", "}")
@@ -108,6 +107,14 @@ def build(operations: Iterable[Operation], *, has_keys: bool, root_path: str = "
     if has_keys or any(operation.is_admin for operation in table):
         document["components"]["securitySchemes"] = {_KEY: {"type": "http", "scheme": "bearer"}}
     return document
+
+
+@cache  # takes longer than all the rest of an application
+def _schemas(types: tuple[Any, ...]) -> tuple[Schemas, dict[str, Any]]:
+    """The schemas of some types, and those that they refer to by name. Not to be changed."""
+    schemas, components = msgspec.json.schema_components(types, ref_template=_REF)
+    describe_fields(components)
+    return dict(zip(types, schemas, strict=True)), components
 
 
 def _describe(operation: Operation, schemas: Schemas, *, is_guarded: bool) -> dict[str, Any]:

@@ -83,8 +83,10 @@ CAPABILITIES = {
 }
 """Best first."""
 
-AMX_EMULATION = _capability("amx_emulation", f"{_AVX512BF16} -DOCTAVO_AMX -DOCTAVO_AMX_EMULATION", _NEEDS_AVX512BF16)
-"""The AMX path with its instructions emulated in plain C++, for tests."""
+AMX_EMULATION = _capability(
+    "amx_emulation", f"{_AVX512BF16} -DOCTAVO_AMX -DOCTAVO_AMX_EMULATION -O1", _NEEDS_AVX512BF16
+)
+"""The AMX path with its instructions emulated in plain C++, for tests; compiled in half the time."""
 VNNI_EMULATION = _capability("vnni_emulation", f"{_AVX2} -DOCTAVO_VNNI_EMULATION -O0", _NEEDS_AVX2)
 """The AVX-VNNI path with its instruction emulated, likewise; compiled quickly."""
 ALL = {**CAPABILITIES, AMX_EMULATION.name: AMX_EMULATION, VNNI_EMULATION.name: VNNI_EMULATION}

@@ -10,7 +10,7 @@ import pytest
 from api import LLM, SamplingParams
 from tests import tiny
 
-BATCHES = 75
+BATCHES = 40
 """Of each setup; there are eight."""
 
 SETUPS: dict[str, dict[str, Any]] = {

@@ -34,13 +34,14 @@ def plain_search(llm: LLM, prompt: list[int], width: int, max_tokens: int, penal
     return [tokens for tokens, _ in sorted(ended, key=lambda beam: -beam[1])[:width]]
 
 
-@pytest.mark.parametrize("penalty", [1.0, 0.5])
-def test_the_same_sequences_as_a_plain_search(tiny_model: Path, penalty: float) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"num_gpu_blocks_override": 12, "max_model_len": 128, "max_num_seqs": 6}], ids=["all", "preempted"]
+)
+def test_the_same_sequences_as_a_plain_search(tiny_model: Path, options: dict[str, Any]) -> None:
     """Also when requests are preempted, and whatever the client may ask for."""
-    setups: tuple[dict[str, Any], ...] = ({}, {"num_gpu_blocks_override": 12, "max_model_len": 128, "max_num_seqs": 6})
-    for options in setups:
-        with LLM(str(tiny_model), dtype="float32", kv_cache_memory="64MiB", max_logprobs=8, **options) as llm:
-            assert llm.get_tokenizer().eos_token_ids == (END,)
+    with LLM(str(tiny_model), dtype="float32", kv_cache_memory="64MiB", max_logprobs=8, **options) as llm:
+        assert llm.get_tokenizer().eos_token_ids == (END,)
+        for penalty in (1.0, 0.5):
             params = BeamSearchParams(beam_width=4, max_tokens=12, length_penalty=penalty)
             found = llm.beam_search(PROMPTS, params)
             for prompt, output in zip(PROMPTS, found, strict=True):
@@ -49,9 +50,9 @@ def test_the_same_sequences_as_a_plain_search(tiny_model: Path, penalty: float) 
                 assert output.sequences[0].text == llm.get_tokenizer().decode(output.sequences[0].tokens)
             alone = llm.beam_search([PROMPTS[1]], params)[0]
             assert alone == found[1]
-            wide = llm.beam_search([PROMPTS[0]], BeamSearchParams(beam_width=20, max_tokens=3, logprobs=1))
-            assert len(wide[0].sequences) == 20
-            assert all(len(position) in (1, 2) for position in wide[0].sequences[19].logprobs)
+        wide = llm.beam_search([PROMPTS[0]], BeamSearchParams(beam_width=20, max_tokens=3, logprobs=1))
+        assert len(wide[0].sequences) == 20
+        assert all(len(position) in (1, 2) for position in wide[0].sequences[19].logprobs)
 
 
 def test_one_beam_is_greedy(tiny_model: Path) -> None:

@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,18 @@ def comparable(output: RequestOutput) -> Any:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_model: Path) -> dict[str, RequestOutput]:
+def plain(tiny_model: Path) -> Iterator[LLM]:
+    """An engine without further options."""
     with LLM(str(tiny_model), **OPTIONS) as llm:
-        return {
-            name: llm.generate([PROMPT], params, use_tqdm=False)[0]
-            for name, params in zip(FIELDS, all_params(), strict=True)
-        }
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def alone(plain: LLM) -> dict[str, RequestOutput]:
+    return {
+        name: plain.generate([PROMPT], params, use_tqdm=False)[0]
+        for name, params in zip(FIELDS, all_params(), strict=True)
+    }
 
 
 SETUPS: dict[str, dict[str, Any]] = {
@@ -93,17 +99,17 @@ def test_a_request_gives_the_same_beside_others(tiny_model: Path, alone: dict[st
         assert comparable(output) == comparable(alone[name]), name
 
 
-def test_what_the_fields_do(tiny_model: Path, alone: dict[str, RequestOutput]) -> None:
-    plain = alone["seed"].outputs[0]
-    assert len(alone["n"].outputs) == 3 and alone["n"].outputs[0].token_ids == plain.token_ids
+def test_what_the_fields_do(plain: LLM, alone: dict[str, RequestOutput]) -> None:
+    seeded = alone["seed"].outputs[0]
+    assert len(alone["n"].outputs) == 3 and alone["n"].outputs[0].token_ids == seeded.token_ids
     totals = [output.cumulative_logprob or 0.0 for output in alone["best_of"].outputs]
     assert len(totals) == 2 and totals == sorted(totals, reverse=True)
     assert all(output.logprobs is None for output in alone["best_of"].outputs)
-    assert plain.token_ids == alone["logprobs"].outputs[0].token_ids
+    assert seeded.token_ids == alone["logprobs"].outputs[0].token_ids
     prompt_logprobs = alone["prompt_logprobs"].prompt_logprobs
     assert prompt_logprobs is not None and len(prompt_logprobs) == len(PROMPT) and prompt_logprobs[0] is None
     assert all(position and token in position for position, token in zip(prompt_logprobs[1:], PROMPT[1:], strict=True))
-    for token, position in zip(plain.token_ids, alone["logprob_token_ids"].outputs[0].logprobs or (), strict=True):
+    for token, position in zip(seeded.token_ids, alone["logprob_token_ids"].outputs[0].logprobs or (), strict=True):
         assert set(position) == {token, 9, 5, 200}
     assert set(alone["allowed_token_ids"].outputs[0].token_ids) <= set(range(40, 90))
     assert 30 not in alone["logit_bias"].outputs[0].token_ids
@@ -112,17 +118,16 @@ def test_what_the_fields_do(tiny_model: Path, alone: dict[str, RequestOutput]) -
     loop = alone["repetition_detection"].outputs[0]
     assert loop.finish_reason == "repetition" and len(loop.token_ids) < 40
     thinking = alone["thinking_token_budget"].outputs[0]
-    with LLM(str(tiny_model), **OPTIONS) as llm:
-        tokenizer = llm.get_tokenizer()
-        end = tokenizer.encode("</think>", add_special_tokens=False)
-        assert thinking.token_ids[:6] == plain.token_ids[:6]
-        assert thinking.token_ids[6 : 6 + len(end)] == end
-        for params in ({"best_of": 2, "temperature": 0}, {"stop_regex": "a$"}, {"repetition_detection": {"a": 1}}):
-            with pytest.raises((ValueError, TypeError, AttributeError)):
-                SamplingParams(**params)
-        salted = [{"prompt_token_ids": PROMPT, "cache_salt": salt} for salt in ("a", "a", "b")]
-        cached = [llm.generate([prompt], SamplingParams(max_tokens=1))[0].num_cached_tokens for prompt in salted]
-        assert cached[0] == cached[2] == 0 and cached[1] > 0
+    tokenizer = plain.get_tokenizer()
+    end = tokenizer.encode("</think>", add_special_tokens=False)
+    assert thinking.token_ids[:6] == seeded.token_ids[:6]
+    assert thinking.token_ids[6 : 6 + len(end)] == end
+    for params in ({"best_of": 2, "temperature": 0}, {"stop_regex": "a$"}, {"repetition_detection": {"a": 1}}):
+        with pytest.raises((ValueError, TypeError, AttributeError)):
+            SamplingParams(**params)
+    salted = [{"prompt_token_ids": PROMPT, "cache_salt": salt} for salt in ("a", "a", "b")]
+    cached = [plain.generate([prompt], SamplingParams(max_tokens=1))[0].num_cached_tokens for prompt in salted]
+    assert cached[0] == cached[2] == 0 and cached[1] > 0
     assert alone["truncate_prompt_tokens"].prompt_token_ids == PROMPT[-10:]
     assert alone["truncation_side"].prompt_token_ids == PROMPT[:10]
     stopped = alone["stop"].outputs[0]

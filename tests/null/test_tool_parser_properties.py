@@ -45,7 +45,7 @@ VALUES = st.recursive(
 OBJECTS = st.dictionaries(st.text(), VALUES, max_size=4)
 NAMES = st.from_regex(r"[a-z_][a-z0-9_.]{0,10}", fullmatch=True)
 VALUE_ENDS = ["</parameter>", "\n<parameter=", "\n</function>", "\n</tool_call>"]
-SIZE = 4096
+SIZE = 2048
 PIECE = 32
 
 
