@@ -30,6 +30,21 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         return (yield)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, object, object]:
+    """What one process tells another is UTF-8; hostile texts are not."""
+    return _encodable((yield))
+
+
+def _encodable(value: object) -> object:
+    """The same value, with escapes for lone surrogates."""
+    if isinstance(value, dict):
+        return {key: _encodable(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_encodable, value))
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+
+
 def pytest_unconfigure() -> None:
     turns.close()
 
