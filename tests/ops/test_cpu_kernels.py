@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import ops
 from ops import AttentionShape, PackedWeight, SwiGLUOAI
 from ops.cpu.kernels import unpack_linear
 from ops.reference.kv_codes import encode_heads
-from tests.ops.cpu import DTYPES, NAMES, Requests, randn, threads, unit_roundoff, use
+from tests.ops.cpu import DTYPES, NAMES, Requests, randn, threads, unit_roundoff, use, using
 from tests.ops.test_reference import cos_sin_table
 
 pytestmark = pytest.mark.parametrize("capability", NAMES)
@@ -222,26 +223,6 @@ ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ATTENTION)
-def test_attention(capability: str, name: str, dtype: torch.dtype) -> None:
-    shape = ATTENTION[name]
-    lengths = [1, 33, 64, 290, 31, 530]
-    with use(capability), threads(2):
-        ours = Requests(shape, lengths, dtype, block_size=64 if "window" in name else 32)
-        plain = Requests(shape, lengths, dtype, block_size=64 if "window" in name else 32, plain=True)
-        if shape.causal:
-            steps = [{0: 1, 3: 257}, {1: 20, 3: 3, 5: 256}, {5: 1, 2: 64, 3: 29, 1: 12}, {1: 1, 4: 31, 5: 273, 3: 1}]
-        else:
-            steps = [dict(enumerate(lengths))]
-        for counts in steps:
-            results, expected = ours.step(counts), plain.step(counts)
-            for row, result in results.items():
-                # Weights are rounded to bfloat16 before they are multiplied with V, where the CPU multiplies that.
-                tolerance = {torch.bfloat16: 0.03, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
-                torch.testing.assert_close(result, expected[row], rtol=tolerance / 4, atol=tolerance)
-
-
 CACHES_IN_8_BITS = [
     (torch.bfloat16, torch.int8),
     (torch.float16, torch.float8_e5m2),
@@ -250,21 +231,38 @@ CACHES_IN_8_BITS = [
 """Types of activations and of caches."""
 
 
-@pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES_IN_8_BITS, ids=str)
-@pytest.mark.parametrize("name", ATTENTION)
-def test_attention_with_a_cache_in_8_bits(
-    capability: str, name: str, dtype: torch.dtype, cache_dtype: torch.dtype
-) -> None:
+def requests_and_steps(
+    name: str, dtype: torch.dtype, cache_dtype: torch.dtype, *, plain: bool
+) -> tuple[Requests, list[dict[int, int]]]:
+    """Requests to attend to, with a plain cache or with that of the kernels."""
     shape = ATTENTION[name]
+    lengths, block_size = [1, 33, 64, 290, 31, 530], 64 if "window" in name else 32
+    steps = [{0: 1, 3: 257}, {1: 20, 3: 3, 5: 256}, {5: 1, 2: 64, 3: 29, 1: 12}, {1: 1, 4: 31, 5: 273, 3: 1}]
+    if cache_dtype != dtype:
+        lengths, block_size = [1, 33, 64, 31, 280], 32
+        steps = [{0: 1, 4: 257}, {1: 20, 2: 64, 4: 22}, {1: 12, 3: 31, 4: 1}, {1: 1}]
     if cache_dtype == torch.float8_e4m3fn:
         shape = replace(shape, k_scale=0.7, v_scale=1.3)
-    lengths = [1, 33, 64, 31, 280]
+    requests = Requests(shape, lengths, dtype, block_size=block_size, plain=plain, cache_dtype=cache_dtype)
+    return requests, steps if shape.causal else [dict(enumerate(lengths))]
+
+
+@functools.cache
+def attention_of_the_reference(name: str, dtype: torch.dtype, cache_dtype: torch.dtype) -> list[dict[int, Tensor]]:
+    """The results of each step, which all capabilities are compared with."""
+    requests, steps = requests_and_steps(name, dtype, cache_dtype, plain=True)
+    with using("reference"):
+        return [requests.step(counts) for counts in steps]
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [*((dtype, dtype) for dtype in DTYPES), *CACHES_IN_8_BITS], ids=str)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(capability: str, name: str, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
     with use(capability), threads(2):
-        ours, plain = (Requests(shape, lengths, dtype, plain=plain, cache_dtype=cache_dtype) for plain in (False, True))
-        steps = [{0: 1, 4: 257}, {1: 20, 2: 64, 4: 22}, {1: 12, 3: 31, 4: 1}, {1: 1}]
-        for counts in steps if shape.causal else [dict(enumerate(lengths))]:
-            results, expected = ours.step(counts), plain.step(counts)
-            for row, result in results.items():
+        ours, steps = requests_and_steps(name, dtype, cache_dtype, plain=False)
+        for counts, expected in zip(steps, attention_of_the_reference(name, dtype, cache_dtype), strict=True):
+            for row, result in ours.step(counts).items():
+                # Weights are rounded to bfloat16 before they are multiplied with V, where the CPU multiplies that.
                 tolerance = {torch.bfloat16: 0.03, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
                 torch.testing.assert_close(result, expected[row], rtol=tolerance / 4, atol=tolerance)
 
