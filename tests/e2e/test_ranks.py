@@ -1,4 +1,4 @@
-"""Two ranks that share a model: whichever dies or is stopped, streams go on with the tokens of one rank."""
+"""Two ranks or two stages that share a model: whichever dies or stops, streams go on with the tokens of one rank."""
 
 from __future__ import annotations
 
@@ -92,15 +92,14 @@ def expected(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     return tokens
 
 
-def check_faults(two: Ranks, expected: list[list[int]]) -> None:
-    """Kills one of two ranks, and stops the other."""
+KILL, STOP = (signal.SIGKILL, "ended with exit code -9"), (signal.SIGSTOP, "has been stopped for")
+
+
+def check_faults(two: Ranks, expected: list[list[int]], *faults: tuple[tuple[signal.Signals, str], int]) -> None:
+    """Kills or stops ranks, one after another."""
     assert two.generate() == expected
     assert len(two.workers.worker_pids()) == 2 and not two.messages(WorkersLost)
-    faults = [
-        (signal.SIGKILL, 0, "ended with exit code -9"),
-        (signal.SIGSTOP, 1, "has been stopped for"),
-    ]
-    for number, (what, rank, reason) in enumerate(faults, start=1):
+    for number, ((what, reason), rank) in enumerate(faults, start=1):
         before = two.workers.worker_pids()
         assert two.generate(lambda: os.kill(before[rank], what)) == expected  # noqa: B023
         lost = two.messages(WorkersLost)
@@ -116,13 +115,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.timeout(300)
 def test_either_rank_may_die_or_stop(expected: list[list[int]], tiny_model: Path, tmp_path: Path) -> None:
     with ranks(tiny_model, tmp_path, 2) as two:
-        check_faults(two, expected)
+        check_faults(two, expected, (KILL, 0), (STOP, 1))
 
 
 @pytest.mark.timeout(300)
-def test_stages_may_die_or_stop(expected: list[list[int]], tiny_model: Path, tmp_path: Path) -> None:
+def test_a_stage_may_die(expected: list[list[int]], tiny_model: Path, tmp_path: Path) -> None:
     with ranks(tiny_model, tmp_path, 1, 2) as two:
-        check_faults(two, expected)
+        check_faults(two, expected, (KILL, 1))
 
 
 @pytest.mark.timeout(300)
