@@ -34,6 +34,8 @@ from ops import Communicator, SingleRank
 from ops.dispatch import Spec
 
 _PAGE = mmap.ALLOCATIONGRANULARITY
+_HEADER = 16 * _PAGE
+"""Bytes before a ring's slots, for the counters of its readers."""
 _LINE = 64
 """Bytes of a cache line. Counters of different processes share none."""
 
@@ -76,7 +78,7 @@ class SharedRing:
         length = ring_bytes(num_slots, slot_bytes)
         mapping = mmap.mmap(memory, length, flags=mmap.MAP_SHARED, offset=start)
         self._data = np.frombuffer(mapping, np.uint8)
-        self._num_taken = self._data[:_PAGE].view(np.int64)[:: _LINE // 8]
+        self._num_taken = self._data[:_HEADER].view(np.int64)[:: _LINE // 8]
         """By reader; each has one writer."""
         self._num_slots, self._slot_bytes = num_slots, _slot_bytes(slot_bytes)
         self._events, self._reader = tuple(events), reader
@@ -95,7 +97,7 @@ class SharedRing:
             os.eventfd_write(event, 1)
 
     def _slot(self, number: int) -> npt.NDArray[np.uint8]:
-        begin = _PAGE + number % self._num_slots * self._slot_bytes
+        begin = _HEADER + number % self._num_slots * self._slot_bytes
         return self._data[begin : begin + self._slot_bytes]
 
     def num_arrived(self) -> int:
@@ -123,7 +125,7 @@ def _slot_bytes(slot_bytes: int) -> int:
 
 def ring_bytes(num_slots: int, slot_bytes: int) -> int:
     """Memory of a ring."""
-    return -(-(_PAGE + num_slots * _slot_bytes(slot_bytes)) // _PAGE) * _PAGE
+    return -(-(_HEADER + num_slots * _slot_bytes(slot_bytes)) // _PAGE) * _PAGE
 
 
 class Stage:

@@ -74,6 +74,20 @@ def test_requests_of_all_kinds(num_ranks: int, num_stages: int, drafts: bool, ex
         assert answers(several) == expected
 
 
+@pytest.mark.parametrize("name", ["gemma3", "lfm2", "qwen3_5"])
+def test_caches_of_several_kinds(name: str) -> None:
+    """A stage may lack some of the kinds."""
+    outputs = []
+    for num_stages in (1, 2):
+        with engine(tiny.checkpoint(name), num_stages=num_stages) as some:
+            indices = range(FIRST, FIRST + 4)
+            for index in indices:
+                params = ResolvedParams(max_tokens=40, temperature=index % 2 * 0.8, seed=index)
+                some.inbox.append(make_request(index, prompt(index, 60), params=params))
+            outputs.append(some.finish(indices))
+    assert outputs[0] == outputs[1]
+
+
 def test_requests_that_leave_and_are_preempted() -> None:
     model = tiny.checkpoint("llama", num_hidden_layers=4)
     indices = range(FIRST, FIRST + 8)
