@@ -181,6 +181,11 @@ def prepare_model(
     model_class = resolve_model(hf_config.architecture, hf_config.values, config.model_impl)
     head = split_architecture(hf_config.architecture)[1]
     hf_config = with_labels(model_class.configure(hf_config), head)
+    if parallel.pp_size > 1 and tower_name(config, hf_config, device.type) is not None:
+        raise ModelError(
+            f"--pipeline-parallel-size {parallel.pp_size}: stages take no images yet; add --language-model-only, or "
+            "use 1"
+        )
     dtype = choose_dtype(config, hf_config, keeps_float32=model_class.keeps_float32)
     context = ModelContext(
         config=hf_config,
@@ -239,11 +244,6 @@ def load_tower(
     name = tower_name(config, whole, context.device.type)
     if name is None:
         return None
-    if context.parallel.pp_size > 1:
-        raise ModelError(
-            f"--pipeline-parallel-size {context.parallel.pp_size}: stages take no images yet; add "
-            "--language-model-only, or use 1"
-        )
     own = replace(
         context,
         config=replace(whole, values=dict(whole.whole), spelling={}, is_part=False),

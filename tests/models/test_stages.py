@@ -19,7 +19,7 @@ from executor.models.catalog import ONE_STAGE
 from executor.parallel import ParallelState, create_shared_memory
 from executor.stages import SharedRing
 from executor.supported import check_supported
-from tests import tiny
+from tests import tiny, vision_families
 from tests.families import FAMILIES
 from tests.models.harness import Runner, load
 from tests.models.test_ranks import STEPS, UNEVEN, WIDE
@@ -74,6 +74,8 @@ def test_layers_that_need_others_are_refused() -> None:
             load(folder, parallel=ParallelState(pp_size=2))
     with pytest.raises(ModelError, match="^3 layers are too few: use --pipeline-parallel-size 3 or less$"):
         load(tiny.checkpoint("llama", num_hidden_layers=3), parallel=ParallelState(pp_size=4))
+    with pytest.raises(ModelError, match="^--pipeline-parallel-size 2: stages take no images yet; add --language-mod"):
+        load(vision_families.checkpoint("qwen2_vl"), parallel=ParallelState(pp_size=2))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

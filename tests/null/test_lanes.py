@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from engine_core.config import EngineConfig, ExecutorConfig, ParallelConfig, SchedulerConfig
 from executor.messages import i32
 from tests.null.test_scheduler import Engine, expected_output, make_request, prompts
 
@@ -65,3 +68,16 @@ def test_tokens_do_not_depend_on_lanes(chunk: int, num_blocks: int) -> None:
     engine.run()
     for index, prompt in enumerate(inputs):
         assert engine.outputs[index] == expected_output(prompt, 20)
+
+
+def test_what_follows_from_the_number_of_stages() -> None:
+    def settled(num_stages: int, **fields: Any) -> tuple[int, int | None]:
+        parallel = ParallelConfig(pipeline_parallel_size=num_stages)
+        config = EngineConfig(scheduler=SchedulerConfig(**fields), executor=ExecutorConfig(parallel=parallel))
+        scheduler = config.settled().scheduler
+        return scheduler.max_in_flight_steps, scheduler.max_num_batched_tokens
+
+    assert settled(1) == (2, None)
+    assert settled(3) == (4, 256)
+    assert settled(2, max_in_flight_steps=6, max_num_batched_tokens=100) == (6, 100)
+    assert settled(2, enable_chunked_prefill=False) == (3, None)
