@@ -165,9 +165,9 @@ CATALOG = (
         gguf=("internlm2", "llama"),
     ),
     Entry(
-        "Jina Embeddings 3, Jina-ColBERT 2",
+        "Jina Embeddings 3, ColBERT 2, Reranker 2",
         ("JinaEmbeddingsV3Model", "ColBERTJinaRobertaModel"),
-        ("jinaai/jina-embeddings-v3", "jinaai/jina-colbert-v2"),
+        ("jinaai/jina-embeddings-v3", "jinaai/jina-colbert-v2", "jinaai/jina-reranker-v2-base-multilingual"),
         limits=POOLING,
     ),
     Entry(

@@ -169,6 +169,11 @@ def can_generate(architecture: str) -> bool:
     return split_architecture(architecture)[1] == "lm"
 
 
+def is_of_jina(fields: Mapping[str, Any]) -> bool:
+    """Whether config.json is one of Jina AI's own code, which calls itself XLM-R and stores other tensors."""
+    return fields.get("position_embedding_type") == "rotary" or "use_flash_attn" in fields
+
+
 FALLBACK = "executor.models.fallback.model:TransformersForCausalLM"
 
 
@@ -184,7 +189,7 @@ def implementation(architecture: str, fields: Mapping[str, Any], model_impl: str
         ModelError: The architecture is not supported.
     """
     base, head = split_architecture(architecture)
-    if base == "XLMRobertaModel" and fields.get("position_embedding_type") == "rotary":
+    if base == "XLMRobertaModel" and is_of_jina(fields):
         base = "JinaEmbeddingsV3Model"
     if head != "lm" or (architecture in REGISTRY and model_impl != "transformers"):
         return (ENCODERS | REGISTRY)[base]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from executor.messages import LoRARequest
 from tests import tiny
 from tests.models.harness import Chunk, Runner, load
 from tests.models.test_encoders import tokens
-from tests.models.test_heads import pooled, runner_of
+from tests.models.test_heads import pooled, runner_of, theirs
 
 EVERY = ResolvedPoolingParams(pooling_type="ALL", normalize=False)
 
@@ -171,3 +172,34 @@ def test_adapters_of_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     np.testing.assert_allclose(ours[:50], states(tmp_path / "merged", prompt, 50), rtol=0, atol=5e-4)
     np.testing.assert_allclose(ours[50:], states(tiny.checkpoint("jina"), prompt, 50), rtol=0, atol=5e-4)
     assert (ours[:50] - ours[50:]).abs().max() > 0.01
+
+
+def test_positions_of_jina_reranker(tmp_path: Path) -> None:
+    """XLM-R under the names of Jina's own code."""
+    kind = "XLMRobertaForSequenceClassification"
+    source, folder = tiny.checkpoint("xlm_roberta", model=kind, num_labels=1), tmp_path / "model"
+    tiny.copy_of(source, folder)
+    names = {
+        r"\.embeddings\.LayerNorm\.": ".emb_ln.",
+        r"\.layer\.": ".layers.",
+        r"\.attention\.output\.dense\.": ".mixer.out_proj.",
+        r"\.attention\.output\.LayerNorm\.": ".norm1.",
+        r"\.intermediate\.dense\.": ".mlp.fc1.",
+        r"\.output\.dense\.": ".mlp.fc2.",
+        r"\.output\.LayerNorm\.": ".norm2.",
+    }
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        for pattern, replacement in names.items():
+            name = re.sub(pattern, replacement, name)
+        stored[name] = tensor
+    for name in [name for name in stored if ".self.query." in name]:
+        parts = [stored.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+        stored[name.replace("attention.self.query", "mixer.Wqkv")] = torch.cat(parts)
+    save_file(stored, folder / "model.safetensors")
+    fields = {"use_flash_attn": True, "position_embedding_type": "absolute"}
+    tiny.edit_json(folder / "config.json", lambda config: config.update(fields))
+    prompt = tokens(50)
+    params = ResolvedPoolingParams(pooling_type="CLS", classifies=True, normalize=False)
+    (ours,) = pooled(runner_of(load(folder)), [prompt], [params])
+    np.testing.assert_allclose(ours, theirs(kind, source, prompt), rtol=0, atol=2e-4)
