@@ -10,18 +10,23 @@ from engine_core.config import MAX_DRAFT_TOKENS, QUANTIZATIONS, ModelConfig, Spe
 
 FLAG = "--speculative-config"
 NOT_YET = {
-    "eagle": "EAGLE heads",
-    "eagle3": "EAGLE heads",
-    "mtp": "MTP heads",
-    "deepseek_mtp": "MTP heads",
+    "eagle": "heads of EAGLE 1 and 2",
     "medusa": "Medusa heads",
     "mlp_speculator": "MLP speculators",
     "dflash": "drafts by diffusion",
     "dspark": "drafts by diffusion",
 }
 """vLLM's methods that need another kind of second model."""
-METHODS = ("suffix", "ngram", "draft_model")
-ALIASES = {"[ngram]": "ngram", "ngram_gpu": "ngram", "prompt_lookup": "ngram"}
+METHODS = ("suffix", "ngram", "draft_model", "eagle3", "mtp")
+WITH_MODEL = ("draft_model", "eagle3")
+ALIASES = {
+    "[ngram]": "ngram",
+    "ngram_gpu": "ngram",
+    "prompt_lookup": "ngram",
+    "deepseek_mtp": "mtp",
+    "glm4_moe_mtp": "mtp",
+    "glm4_moe_lite_mtp": "mtp",
+}
 OLD_NAMES = {
     "ngram_prompt_lookup_min": "prompt_lookup_min",
     "ngram_prompt_lookup_max": "prompt_lookup_max",
@@ -73,35 +78,35 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-CHECKS: dict[str, tuple[str, str, Check]] = {
+CHECKS: dict[str, tuple[tuple[str, ...], str, Check]] = {
     "num_speculative_tokens": (
-        "all",
+        METHODS,
         f"a whole number from 1 to {MAX_DRAFT_TOKENS}",
         lambda value: _is_count(value, 1, MAX_DRAFT_TOKENS),
     ),
-    "model": ("draft_model", "a folder, GGUF file or hub id", lambda value: isinstance(value, str) and value != ""),
-    "quantization": ("draft_model", "one of " + ", ".join(QUANTIZATIONS), lambda value: value in QUANTIZATIONS),
-    "draft_tensor_parallel_size": ("draft_model", "1", lambda value: _is_count(value, 1, 1)),
-    "prompt_lookup_min": ("ngram", "a whole number of at least 1", _is_count),
-    "prompt_lookup_max": ("ngram", "a whole number from 1 to 128", lambda value: _is_count(value, 1, 128)),
+    "model": (WITH_MODEL, "a folder, GGUF file or hub id", lambda value: isinstance(value, str) and value != ""),
+    "quantization": (WITH_MODEL, "one of " + ", ".join(QUANTIZATIONS), lambda value: value in QUANTIZATIONS),
+    "draft_tensor_parallel_size": (WITH_MODEL, "1", lambda value: _is_count(value, 1, 1)),
+    "prompt_lookup_min": (("ngram",), "a whole number of at least 1", _is_count),
+    "prompt_lookup_max": (("ngram",), "a whole number from 1 to 128", lambda value: _is_count(value, 1, 128)),
     "suffix_decoding_max_tree_depth": (
-        "suffix",
+        ("suffix",),
         "a whole number from 1 to 128",
         lambda value: _is_count(value, 1, 128),
     ),
     "suffix_decoding_max_cached_requests": (
-        "suffix",
+        ("suffix",),
         "a whole number of at least 0",
         lambda value: _is_count(value, 0),
     ),
-    "suffix_decoding_max_spec_factor": ("suffix", "a number above 0", lambda value: _is_number(value) and value > 0),
+    "suffix_decoding_max_spec_factor": (("suffix",), "a number above 0", lambda value: _is_number(value) and value > 0),
     "suffix_decoding_min_token_prob": (
-        "suffix",
+        ("suffix",),
         "a number from 0 to 1",
         lambda value: _is_number(value) and 0 <= value <= 1,
     ),
 }
-"""Field -> its method, what is expected, and whether a value is that."""
+"""Field -> its methods, what is expected, and whether a value is that."""
 
 
 def speculative_config(fields: Mapping[str, Any] | None) -> SpeculativeConfig | None:
@@ -119,13 +124,20 @@ def speculative_config(fields: Mapping[str, Any] | None) -> SpeculativeConfig | 
     method = _method(given)
     for name in given:
         _check_field(method, name, given[name])
-    makers = {"ngram": _ngram, "suffix": _suffix, "draft_model": _draft_model}
+    makers: dict[str, Callable[[Mapping[str, Any]], SpeculativeConfig]] = {
+        "ngram": _ngram,
+        "suffix": _suffix,
+        "draft_model": _draft_model,
+        "eagle3": _eagle3,
+        "mtp": lambda given: _head("mtp", given, None),
+    }
     return makers[method](given)
 
 
 def _method(given: Mapping[str, Any]) -> str:
     model = given.get("model")
-    default = None if model is None else ALIASES.get(str(model), "draft_model")
+    by_name = "eagle3" if "eagle3" in str(model).lower() else "draft_model"
+    default = None if model is None else ALIASES.get(str(model), by_name)
     method = given.get("method", default)
     method = ALIASES.get(str(method), method)
     if method in METHODS:
@@ -144,16 +156,18 @@ def _check_field(method: str, name: str, value: Any) -> None:
     if name == "method" or name in HARMLESS or (name == "model" and str(value) in (*ALIASES, *METHODS)):
         return
     if name in DRAFT_FIELDS:
-        reason = DRAFT_FIELDS[name] if method == "draft_model" else "it is for methods with a second model"
+        reason = DRAFT_FIELDS[name] if method in WITH_MODEL else "it is for methods with a second model"
         raise ConfigError(f"{FLAG}: {name} is not supported, since {reason}; omit it")
     if name in REFUSED:
         raise ConfigError(f"{FLAG}: {name} is not supported, since {REFUSED[name]}; omit it")
     known = CHECKS.get(name)
     if known is None:
         raise ConfigError(f"{FLAG}: unknown field {name!r}{did_you_mean(name, ['method', *CHECKS])}")
-    owner, expected, is_good = known
-    if owner not in ("all", method):
-        raise ConfigError(f"{FLAG}: {name} is for the method {owner!r}; omit it for {method!r}")
+    owners, expected, is_good = known
+    if method not in owners:
+        plural = "s" if len(owners) > 1 else ""
+        names = " and ".join(repr(owner) for owner in owners)
+        raise ConfigError(f"{FLAG}: {name} is for the method{plural} {names}; omit it for {method!r}")
     if not is_good(value):
         raise ConfigError(f"{FLAG}: {name} must be {expected}, got {value!r}")
 
@@ -183,6 +197,21 @@ def _draft_model(given: Mapping[str, Any]) -> SpeculativeConfig:
         num_speculative_tokens=given.get("num_speculative_tokens", 5),
         min_token_prob=0.0,
         draft=ModelConfig(model=given["model"], quantization=given.get("quantization")),
+    )
+
+
+def _eagle3(given: Mapping[str, Any]) -> SpeculativeConfig:
+    if "model" not in given:
+        raise ConfigError(f"{FLAG}: model is missing: an EAGLE-3 head that was trained for the model")
+    return _head("eagle3", given, ModelConfig(model=given["model"], quantization=given.get("quantization")))
+
+
+def _head(method: str, given: Mapping[str, Any], head: ModelConfig | None) -> SpeculativeConfig:
+    return SpeculativeConfig(
+        method=method,
+        num_speculative_tokens=given.get("num_speculative_tokens", 3),
+        min_token_prob=0.0,
+        draft=head,
     )
 
 

@@ -309,14 +309,19 @@ class SpeculativeConfig(Config, frozen=True):
     """Draft lengths follow the measured acceptance and the measured times of steps. False: they depend on the tokens
     alone, as several ranks need it."""
     draft: ModelConfig | None = None
-    """The model of the method ``draft_model``."""
+    """The second model, of the methods ``draft_model`` and ``eagle3``."""
     script: str = ""
     """File of ``executor/scripts.py``, read by the method ``scripted``. Its outputs replace the drafts of
-    ``draft_model``."""
+    a second model."""
     acceptance: Annotated[float, Meta(ge=0, le=1)] = 1.0
     """Probability that such a draft is the script's token; otherwise it is another one."""
     wrong_every: int = 0
     """The method ``scripted`` makes one in this many drafts wrong; 0: none."""
+
+    @property
+    def has_model(self) -> bool:
+        """Whether a second model, or a head, proposes the drafts."""
+        return self.method in ("draft_model", "eagle3", "mtp")
 
 
 DEFAULT_STEP_TOKENS = 512
@@ -417,4 +422,4 @@ class ExecutorConfig(Config, frozen=True):
     @property
     def num_lookahead_tokens(self) -> int:
         """Tokens beyond those of a step for which a request has blocks: a draft model caches its own drafts there."""
-        return 0 if self.speculative is None or self.speculative.draft is None else self.max_draft_tokens
+        return 0 if self.speculative is None or not self.speculative.has_model else self.max_draft_tokens

@@ -1,4 +1,4 @@
-"""A small model in the worker of a large one, which proposes drafts for it."""
+"""A small model in the worker of a large one, which proposes drafts for it: a model of its own, or a head."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from executor.input_batch import InputBatch
 from executor.kv_memory import KVMemory, allocate_group
 from executor.loader import LoadedModel
 from executor.messages import KVCacheGroupSpec
+from executor.models.draft_head import DraftHead
 from executor.request_states import RequestStates
+from ops.dispatch import Spec
 
 FLAG = "--speculative-config"
 
 
 @dataclass
 class DraftModel:
-    """A small model in the worker of a large one."""
+    """A small model, or a head, in the worker of a large one."""
 
     loaded: LoadedModel
     device: Device
@@ -38,6 +40,12 @@ class DraftModel:
         """Its KV cache groups, for the engine core."""
         return tuple(msgspec.structs.replace(group.spec, kind="draft") for group in self.groups)
 
+    @property
+    def head(self) -> DraftHead:
+        """The head, of methods that use one."""
+        assert isinstance(self.loaded.model, DraftHead)
+        return self.loaded.model
+
     def _capture(self) -> Program:
         """The program of a step, for the KV cache that is allocated."""
         model = self.loaded.model
@@ -47,8 +55,10 @@ class DraftModel:
             max_tokens=self.max_tokens + self.max_num_seqs,
             max_samples=self.max_num_seqs,
         )
-        hidden, logits = run_model(model, InputBatch.symbolic(program, len(self.groups)))
-        program.finish(hidden, logits)
+        previous = None
+        if isinstance(model, DraftHead):
+            previous = Spec("tokens", model.num_features, self.loaded.dtype)
+        program.finish(*run_model(model, InputBatch.symbolic(program, len(self.groups), hidden=previous)))
         return program
 
     def allocate(self, num_blocks: Sequence[int], max_model_len: int, memory: KVMemory | None = None) -> None:
@@ -67,7 +77,11 @@ class DraftModel:
         """Bytes of the largest step, and bytes per token of the longest sequence. Called before the KV cache exists."""
         self._allocate_kv([1] * len(self.groups))
         table_bytes = sum(-(-self.max_num_seqs * 4 // group.block_size) for group in self.groups)
-        return self._capture().num_bytes, self.loaded.model.position_bytes() + table_bytes
+        step_bytes = self._capture().num_bytes
+        if isinstance(self.loaded.model, DraftHead):  # hidden states that it reads, in rows and side by side
+            width = self.loaded.model.num_features * (2 + 2 * len(self.loaded.model.aux_layers))
+            step_bytes += self.max_tokens * width * self.loaded.dtype.itemsize
+        return step_bytes, self.loaded.model.position_bytes() + table_bytes
 
     def _allocate_kv(self, num_blocks: Sequence[int], memory: KVMemory | None = None) -> None:
         layers = self.loaded.model.attention_layers()
@@ -88,13 +102,12 @@ class DraftModel:
         return UploadedForward(setup, states)
 
 
-def check_draft_model(target: LoadedModel, draft: LoadedModel, device: Device, world_size: int) -> None:
-    """Checks that a model can propose drafts for another.
+def check_place(target: LoadedModel, device: Device, world_size: int) -> None:
+    """Checks that a second model can run beside another.
 
     Raises:
         ModelError: It cannot.
     """
-    name = draft.hf_config.source
     if world_size > 1:
         raise ModelError(
             f"{FLAG}: draft models run with one rank; omit --tensor-parallel-size and --pipeline-parallel-size, or the "
@@ -108,6 +121,15 @@ def check_draft_model(target: LoadedModel, draft: LoadedModel, device: Device, w
             f"{FLAG}: draft models do not know positions on several axes, as {target.hf_config.source} has for images; "
             "use the method suffix, or --language-model-only"
         )
+
+
+def check_draft_model(target: LoadedModel, draft: LoadedModel) -> None:
+    """Checks that a model can propose drafts for another.
+
+    Raises:
+        ModelError: It cannot.
+    """
+    name = draft.hf_config.source
     if not draft.model.can_be_captured:
         raise ModelError(f"{FLAG}: {name} runs through transformers, which draft models must not; choose another")
     ours, theirs = target.hf_config.vocab_size, draft.hf_config.vocab_size

@@ -49,8 +49,8 @@ class Forward(Protocol):
         """
 
     def run(self, batch: InputBatch) -> Sequence[Tensor]:
-        """Computes hidden states [tokens, hidden_size] and logits [samples, vocab_size] of the batch that was prepared
-        last. They hold until the next call."""
+        """Computes hidden states [tokens, hidden_size], logits [samples, vocab_size] and auxiliary hidden states of the
+        batch that was prepared last. They hold until the next call."""
 
     def attach(self, sampler: Sampler) -> None:
         """Makes a sampler known, which may write its tokens where the next step reads them."""
@@ -59,16 +59,17 @@ class Forward(Protocol):
         """Keeps the tokens of the samples, int64 [samples], where the next step finds them."""
 
 
-def run_model(model: Model, batch: InputBatch, embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Hidden states and logits of a batch, tensors or symbolic values.
+def run_model(model: Model, batch: InputBatch, embeds: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Hidden states, logits and auxiliary hidden states of a batch, tensors or symbolic values.
 
     Args:
         model: The model.
         batch: The tokens.
         embeds: Input of the first layer; None: it is looked up, or that of the previous pipeline stage.
     """
-    hidden = model.forward(batch, batch.hidden if embeds is None else embeds).hidden
-    return hidden, model.compute_logits(ops.gather_rows(hidden, batch.logits_rows), batch)
+    output = model.forward(batch, batch.hidden if embeds is None else embeds)
+    logits = model.compute_logits(ops.gather_rows(output.hidden, batch.logits_rows), batch)
+    return output.hidden, logits, *output.aux_hidden_states
 
 
 @dataclass(frozen=True)

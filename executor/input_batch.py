@@ -66,7 +66,8 @@ class InputBatch:
     deepstack: Deepstack | None = None
     """Likewise."""
     hidden: torch.Tensor | None = None
-    """[num_tokens, hidden_size] of the previous pipeline stage; None on the first."""
+    """[num_tokens, hidden_size] of the previous pipeline stage, None on the first; or that from which a draft head goes
+    on."""
 
     def step_inputs(self) -> dict[str, Any]:
         """The arguments of ``Program.replay``."""
@@ -112,7 +113,8 @@ class InputBatch:
             num_groups: Number of groups of attention layers.
             position_axes: Number of axes of a position.
             has_token_types: Whether the model reads ``token_types``.
-            hidden: Of the previous pipeline stage's hidden states; None: there is none.
+            hidden: Of the previous pipeline stage's hidden states, or of those from which a draft head goes on; None:
+                there are none.
         """
         ids: Any = program.input("input_ids", Spec("tokens", 1, torch.int32))
         spec = Spec("tokens", position_axes, torch.int32, is_transposed=position_axes > 1)
@@ -160,3 +162,5 @@ class ModelOutput:
 
     hidden: torch.Tensor
     """[num_tokens, hidden_size]."""
+    aux_hidden_states: tuple[torch.Tensor, ...] = ()
+    """[num_tokens, hidden_size] each: what ``Model.set_aux_hidden_state_layers`` asked for."""

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -47,6 +48,8 @@ from ops import Communicator, NotConnected, SingleRank
 
 logger = logging.getLogger(__name__)
 
+M = TypeVar("M", bound=Model)
+
 Progress = Callable[[str, int, int], None]
 """Takes a stage, the amount done and the total."""
 
@@ -69,6 +72,8 @@ class LoadedModel:
     """What weighs tokens for sparse vectors."""
     tower: VisionTower | None = None
     """Encodes images; None: the model is served for text alone."""
+    context: ModelContext | None = None
+    """What the model was built with."""
 
     @property
     def vector_size(self) -> int:
@@ -158,6 +163,7 @@ def load_model(
         token_dense,
         weights,
         tower,
+        context,
     )
 
 
@@ -192,7 +198,7 @@ def prepare_model(
         parallel=parallel,
         dtype=dtype,
         device=device,
-        quantization=_quantization(config, hf_config, device, parallel),
+        quantization=quantization_of(config, hf_config, device, parallel),
         max_model_len=choose_max_model_len(config, hf_config),
         communicator=communicator or _unconnected(parallel),
         kv_dtype=choose_kv_dtype(config.kv_cache_dtype, dtype),
@@ -202,7 +208,7 @@ def prepare_model(
     return build_model(model_class, context, attention_backend), context, checkpoint
 
 
-def _quantization(
+def quantization_of(
     config: ModelConfig, hf_config: HFConfig, device: torch.device, parallel: ParallelState
 ) -> QuantizationConfig:
     """The method of the weights.
@@ -298,8 +304,13 @@ def _unconnected(parallel: ParallelState) -> Communicator:
     return SingleRank() if parallel.tp_size == 1 else NotConnected(parallel.tp_rank, parallel.tp_size)
 
 
-def build_model(model_class: type[Model], context: ModelContext, attention_backend: str | None) -> Model:
+def build_model(model_class: Callable[[ModelContext], M], context: ModelContext, attention_backend: str | None) -> M:
     """The model with uninitialised weights; its attention layers have backends.
+
+    Args:
+        model_class: Its class, or what makes it.
+        context: The model's construction context.
+        attention_backend: Name of a backend; None: the first that supports each layer.
 
     Raises:
         ModelError: The configuration does not describe a valid model.

@@ -46,7 +46,7 @@ from executor.pooling import Pooler, PoolerOutput
 from executor.request_states import RequestStates
 from executor.sampling.forced import create_sampler
 from executor.sampling.sampler import Sampler, SamplerOutput, SampleRows, TokenMask
-from executor.speculative.base import ProposerContext
+from executor.speculative.base import ComputedRows, ProposerContext
 from executor.speculative.speculation import Speculation, drafts_of, num_verified, settle, step_rows
 from executor.stages import Stage
 from ops.dispatch import Spec
@@ -66,6 +66,7 @@ class StartedStep:
     """The rows of ``logits``."""
     epochs: I64
     """int64 [samples]: epochs of their slots."""
+    computed: ComputedRows
     drafts: I64 | None
     """int64 [samples]: the draft at each sampled position, -1 if none; None: no drafts at all."""
     logits: torch.Tensor
@@ -111,7 +112,7 @@ class PendingOutput:
         milliseconds = step.launch_ms + self._pending.device_ms + (time.perf_counter() - begin) * 1e3
         if step.num_tokens == len(step.rows):
             self._speculation.note_step(step.num_tokens, milliseconds)
-        self._speculation.follow(step.plan, states)
+        self._speculation.follow(step.computed, states)
         drafts = self._speculation.propose(step.rows, step.epochs, states)
         return ModelRunnerOutput(
             step_id=step.plan.step_id,
@@ -312,8 +313,7 @@ class ModelRunner:
         program = Program(device_type, max_tokens=self.max_tokens, max_samples=self.max_samples)
         has_types = self.model.num_token_types > 0
         batch = InputBatch.symbolic(program, len(self.groups), has_token_types=has_types, hidden=self.stage.hidden)
-        hidden, logits = run_model(self.model, batch)
-        program.finish(hidden, logits)
+        program.finish(*run_model(self.model, batch))
         return program
 
     def execute(self, plan: SchedulerOutput, mask: GrammarMask | None = None) -> ModelRunnerOutput:
@@ -343,17 +343,19 @@ class ModelRunner:
         drafts = drafts_of(sampled, states) if has_drafts else None
         batch = self.forward.prepare(slots, counts, num_sampled)
         batch.hidden = self.stage.begin(plan.step_id, int(counts.sum()))
-        hidden, logits = self._run(batch, slots, counts)
+        hidden, logits, *aux = self._run(batch, slots, counts)
         self.stage.pass_on(hidden)
         if logits.dtype != torch.float32:
             logits = logits.float()  # of models that do not generate, they are no logits, and none
         prompt_logprobs = self.prompt_logprobs(hidden, batch, slots, counts)
         pooled = self.pooler.pool(hidden, slots, counts, states)
+        computed = ComputedRows(slots, counts, states.num_computed[slots], (hidden, *aux))
         states.advance(slots, counts, num_sampled)
         return StartedStep(
             plan=plan,
             rows=sampled,
             epochs=states.epochs[sampled.slots],
+            computed=computed,
             drafts=drafts,
             logits=logits,
             prompt_logprobs=prompt_logprobs,
@@ -363,8 +365,8 @@ class ModelRunner:
         )
 
     def _run(self, batch: InputBatch, slots: I32, counts: I32) -> Sequence[torch.Tensor]:
-        """Hidden states and logits. A step with tokens of images goes on from embeddings, so it calls ops one by one:
-        the bits are the same."""
+        """See ``Forward.run``. A step with tokens of images goes on from embeddings, so it calls ops one by one: the
+        bits are the same."""
         if self.images is None:
             return self.forward.run(batch)
 

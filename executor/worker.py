@@ -26,7 +26,8 @@ from executor.attention.base import RECURRENT_KINDS, cached_specs
 from executor.base import ModelError
 from executor.config import ExecutorConfig, SpeculativeConfig
 from executor.device.base import Device, Memory, create_device
-from executor.draft_runner import DraftModel, check_draft_model
+from executor.draft_heads import load_head
+from executor.draft_runner import DraftModel, check_draft_model, check_place
 from executor.fingerprint import Digests, fingerprint, state_of
 from executor.image_inputs import create_image_inputs
 from executor.kv_memory import KVMemory
@@ -223,18 +224,22 @@ class Worker:
         return loaded
 
     def _load_draft(self, target: LoadedModel, device: Device) -> DraftModel | None:
-        """Loads the draft model, if there is one.
+        """Loads the draft model or head, if there is one.
 
         Raises:
             ModelError: It cannot propose drafts for the model.
         """
         config = self.config
-        model = None if config.speculative is None else config.speculative.draft
-        if model is None:
+        if config.speculative is None or not config.speculative.has_model:
             return None
-        backend = config.device.attention_backend
-        loaded = load_model(model, self.parallel, device.torch_device, backend, self._progress)
-        check_draft_model(target, loaded, device, config.parallel.world_size)
+        check_place(target, device, config.parallel.world_size)
+        method, backend = config.speculative.method, config.device.attention_backend
+        model = config.speculative.draft or config.model
+        if method == "draft_model":
+            loaded = load_model(model, self.parallel, device.torch_device, backend, self._progress)
+            check_draft_model(target, loaded)
+        else:
+            loaded = load_head(method, target, model, backend, self._progress)
         max_tokens = config.step_size.max_num_batched_tokens or device.max_num_batched_tokens
         return DraftModel(
             loaded,

@@ -2,12 +2,14 @@
 """Times speculative decoding against the same engine without it, in turn, in pairs of the same requests.
 
     python scripts/bench_speculation.py --model models/smollm2                        everything but draft models
-    python scripts/bench_speculation.py --model models/smollm2 -q int8 edits random64
+    python scripts/bench_speculation.py --model models/smollm2 random64               a row: at most four minutes
+    python scripts/bench_speculation.py --model models/smollm2 -q int8 --temperature 0.7 chat
     python scripts/bench_speculation.py --model models/1b --load-format dummy --draft models/smollm2 draft
 
 Two engines run side by side, one of them idle. A pair is a set of requests that both answer; which goes first changes
 from pair to pair. Speeds count from the first token of the last stream, so prompts are left out. The interval contains
-the mean ratio with a probability of 95 % (Student's t over the logarithms of all pairs).
+the mean ratio with a probability of 95 % (Student's t over the logarithms of all pairs). A benchmark ends when its time
+is up, or with its last pair.
 
 ``edits`` and ``edits16`` rewrite files (``edits.jsonl`` in the folder OCTAVO_TEST_DATA); the text that really came out
 is forced on the model. ``random16`` and ``random64`` force tokens of which none occurs twice. ``chat``, ``gsm8k``,
@@ -59,6 +61,9 @@ QUESTIONS = [
 ]
 ASKED = "Answer with sentences from the text. What does the text say about {}?"
 CODE_LINES = 60
+MAX_TOKENS = 200
+FEWER_TOKENS = {"edits16": 100, "random16": 48, "random64": 24, "draft": 64}
+"""Tokens of an output, where more would leave time for fewer than 30 pairs."""
 CONTEXT = 4096
 
 
@@ -77,14 +82,16 @@ Pair = list[Request]
 class Texts:
     """The requests of each benchmark."""
 
-    def __init__(self, tokenizer: Tokenizer, data: Path | None, num_tokens: int, num_pairs: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, data: Path | None, num_tokens: int | None, num_pairs: int) -> None:
         self._tokenizer = tokenizer
         self._data = data
-        self._num_tokens = num_tokens
+        self._given = num_tokens
+        self._num_tokens = num_tokens or MAX_TOKENS
         self._num_pairs = num_pairs
 
     def of(self, name: str) -> list[Pair]:
         """The pairs of a benchmark."""
+        self._num_tokens = self._given or FEWER_TOKENS.get(name, MAX_TOKENS)
         makers: dict[str, Callable[[], list[Pair]]] = {
             "edits": self._edits,
             "edits16": lambda: self._together(self._edits(), 16),
@@ -120,7 +127,7 @@ class Texts:
 
     def _random(self, size: int, *, repeats: bool = False) -> list[Pair]:
         """Tokens of which none occurs twice, or few different ones."""
-        generator = np.random.default_rng(1)
+        generator = np.random.default_rng(size)
         pairs: list[Pair] = []
         for _ in range(self._num_pairs):
             pair = []
@@ -165,12 +172,15 @@ def run(llm: LLM, pair: Pair, fields: dict[str, Any], salt: str, num_tokens: int
     return (end - begin) / max(1, num_timed), tokens
 
 
-def compare(off: LLM, on: LLM, name: str, pairs: list[Pair], fields: dict[str, Any], num_tokens: int) -> None:
-    """Runs all pairs and prints a row of the table."""
+def compare(off: LLM, on: LLM, name: str, pairs: list[Pair], fields: dict[str, Any], limits: tuple[int, float]) -> None:
+    """Runs the pairs and prints a row of the table. ``limits``: tokens of an answer, and seconds for all pairs."""
+    num_tokens, end = limits[0], time.perf_counter() + limits[1]
     logs: list[float] = []
     speeds: tuple[list[float], list[float]] = ([], [])
     before = counts(on)
     for index, pair in enumerate(pairs):
+        if time.perf_counter() > end:
+            break
         seconds: dict[LLM, float] = {}
         tokens: dict[LLM, list[list[int]]] = {}
         own = fields | {"seed": index}
@@ -230,7 +240,8 @@ def main() -> None:
     parser.add_argument("--acceptance", type=float, default=0.8, help="probability that one of its drafts is right")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--tokens", type=int, default=200, help="most tokens of an output")
+    parser.add_argument("--tokens", type=int, help="most tokens of an output (default: by benchmark)")
+    parser.add_argument("--seconds", type=float, default=190, help="after which a benchmark starts no further pair")
     options = parser.parse_args()
     names = options.names or NAMES[:-1]
     options.config = options.config or ({"method": "suffix"} if options.draft is None else {})
@@ -253,7 +264,7 @@ def main() -> None:
             print("| benchmark | pairs | tokens/s off | on | ratio | 95 % | accepted |\n|---|---|---|---|---|---|---|")
             for name, pairs in found.items():
                 own = {"temperature": 0.0 if pairs[0][0].output else options.temperature}
-                compare(off, on, name, pairs, own, options.tokens)
+                compare(off, on, name, pairs, own, (options.tokens or MAX_TOKENS, options.seconds))
         print(f"{time.perf_counter() - begin:.0f} s", file=sys.stderr)
 
 

@@ -107,7 +107,7 @@ def run(config: ServerConfig, name: str, *, as_json: bool = False) -> int:
     else:
         print("\n".join(report(answer, name, num_replicas, count_nodes(numa_nodes()), num_stages)))
         speculative = config.engine.executor.speculative
-        if speculative is not None and speculative.draft is not None:
+        if speculative is not None and speculative.has_model:
             print("note: the draft model is not counted")
     return EXIT_DOES_NOT_FIT if answer.problem else 0
 

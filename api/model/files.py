@@ -232,6 +232,8 @@ def _with_draft_model(config: ServerConfig, files: ModelFiles) -> SpeculativeCon
         imatrix="",
         max_model_len=None,
     )
+    if speculative.method == "eagle3":
+        return replace(speculative, draft=_draft_head(config, draft))
     own = replace(
         config,
         tokenizer=None,
@@ -250,6 +252,26 @@ def _with_draft_model(config: ServerConfig, files: ModelFiles) -> SpeculativeCon
             )
     draft = with_model(own, found).engine.executor.model
     return replace(speculative, draft=draft)
+
+
+def _draft_head(config: ServerConfig, head: ModelConfig) -> ModelConfig:
+    """The local files of a draft head, which has no tokenizer.
+
+    Raises:
+        ModelFileError: They are missing or damaged.
+    """
+    engine = config.engine
+    own = replace(config, engine=replace(engine, executor=replace(engine.executor, model=head, speculative=None)))
+    name = None if Path(head.model).expanduser().exists() else parse_hub_name(head.model)
+    if name is None or head.model[0] in "./~":
+        path = _locate(head.model, own)
+    else:
+        hub = open_hub(name.repository, own, None)
+        hub, patterns = _weights_on_hub(hub, hub.files(), head.load_format)
+        path = hub.download([*OTHER_PATTERNS, *patterns], IGNORED)
+    if path.is_file() or not (path / "config.json").exists():
+        raise ModelFileError(path, "a draft head must be a folder with a config.json")
+    return replace(head, model=str(path), weights=str(_converted_weights(path, own) or ""))
 
 
 def _pooling_only(config: ServerConfig, files: ModelFiles, model: ModelConfig) -> tuple[ServerConfig, ModelConfig]:

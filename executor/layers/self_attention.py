@@ -39,6 +39,7 @@ class SelfAttention(nn.Module):
         rotary: Rotates q and k by their positions; None: no rotation.
         qkv_bias: Whether the projections to q, k and v have biases.
         out_bias: Whether the output projection has one.
+        input_size: Columns of the input. Default: ``config.hidden_size``.
         num_kv_heads: Heads of k and of v. Default: ``config.num_kv_heads``.
         is_fused: The checkpoint holds q, k and v, concatenated, as one tensor ``qkv_proj``.
         is_grouped: It holds them as one tensor by KV head (see ``QKVParallelLinear``).
@@ -64,6 +65,7 @@ class SelfAttention(nn.Module):
         *,
         qkv_bias: bool = False,
         out_bias: bool = False,
+        input_size: int | None = None,
         num_kv_heads: int | None = None,
         is_fused: bool = False,
         is_grouped: bool = False,
@@ -83,7 +85,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         config = context.config
         heads, kv_heads, head_dim = config.num_heads, num_kv_heads or config.num_kv_heads, config.head_dim
-        sizes, out_name = (config.hidden_size, head_dim, heads, kv_heads), f"{prefix}.o_proj"
+        sizes, out_name = (input_size or config.hidden_size, head_dim, heads, kv_heads), f"{prefix}.o_proj"
         names = None if is_fused or is_grouped else ("q_proj", "k_proj", "v_proj")
         self.qkv_proj = QKVParallelLinear(
             context, *sizes, bias=qkv_bias, names=names, is_grouped=is_grouped, prefix=f"{prefix}.qkv_proj"
@@ -115,7 +117,7 @@ class SelfAttention(nn.Module):
         )
 
     def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
-        """``hidden`` [num_tokens, hidden_size] -> the same."""
+        """``hidden`` [num_tokens, input_size] -> [num_tokens, hidden_size]."""
         qkv = self.qkv_proj(hidden, batch)
         if self.clip is not None and not self.clips_normed:
             qkv = ops.clip(qkv, self.clip)

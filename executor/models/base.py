@@ -85,6 +85,17 @@ class Model(nn.Module, ABC):
     def attention_layers(self) -> list[Attention]:
         """The attention layers, in order."""
 
+    def set_aux_hidden_state_layers(self, layers: Sequence[int]) -> None:
+        """Lets ``forward`` return hidden states between layers, too.
+
+        Args:
+            layers: After how many layers each; 0: the embeddings.
+
+        Raises:
+            ModelError: The model has no such layers.
+        """
+        raise ModelError(f"--speculative-config: {type(self).__name__} shows no hidden states of its layers; omit it")
+
     def layer_bytes(self) -> tuple[list[int], int]:
         """Bytes of the weights of each layer, and of what follows the last one, of a model that can be cut into stages.
 

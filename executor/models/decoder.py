@@ -6,13 +6,14 @@ with a residual connection.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 import ops
+from executor.base import ModelError
 from executor.checkpoint import Checkpoint
 from executor.input_batch import InputBatch, ModelOutput
 from executor.layers.attention import Attention
@@ -194,6 +195,8 @@ class Decoder(nn.Module):
                 parts.layer(attention, mlp, norms, lambda: make_norm(config.hidden_size), parts.residual_scale)
             )
         self.norm = make_norm(config.hidden_size) if parts.has_final_norm else None
+        self.aux_layers: tuple[int, ...] = ()
+        """After how many layers ``forward`` notes the hidden states."""
 
     def keep_layers(self, first: int, end: int) -> None:
         """Drops all other layers, and what they alone need. Layers keep their names."""
@@ -206,16 +209,30 @@ class Decoder(nn.Module):
         if end < len(layers):
             self.norm = self.project_out = None
 
-    def forward(self, batch: InputBatch, hidden: Tensor | None) -> Tensor:
+    def forward(self, batch: InputBatch, hidden: Tensor | None, noted: dict[int, Tensor] | None = None) -> Tensor:
+        """Hidden states [num_tokens, hidden_size].
+
+        Args:
+            batch: The tokens.
+            hidden: Input of the first layer; None: the embeddings.
+            noted: Takes the hidden states of ``aux_layers``.
+        """
         if hidden is None:
             hidden = self.embed(batch)
+        self.note(hidden, 0, noted)
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, batch)
             if batch.deepstack is not None:
                 hidden = batch.deepstack.add(hidden, index)
+            self.note(hidden, index + 1, noted)
         if self.norm is not None:
             hidden = self.norm(hidden)
         return hidden if self.project_out is None else self.project_out(hidden, batch)
+
+    def note(self, hidden: Tensor, num_layers: int, noted: dict[int, Tensor] | None) -> None:
+        """Notes the hidden states after so many layers, if they are wanted."""
+        if noted is not None and num_layers in self.aux_layers:
+            noted[num_layers] = hidden
 
     def embed(self, batch: InputBatch) -> Tensor:
         """[num_tokens, hidden_size]: input of the first layer."""
@@ -248,6 +265,9 @@ class CausalDecoder(Model):
     def __init__(self, context: ModelContext, parts: DecoderParts) -> None:
         super().__init__()
         self.hidden_size = parts.embedding_dim
+        self.layer_size = context.config.hidden_size
+        """Columns of the hidden states between layers."""
+        self.parts = parts
         self.model = self.decoder(context, parts, prefix="model")
         self.lm_head = None
         if context.head == "lm":
@@ -265,7 +285,15 @@ class CausalDecoder(Model):
         return checkpoint if self._answers is None else AnswerRows(checkpoint, *self._answers)
 
     def forward(self, batch: InputBatch, hidden: Tensor | None = None) -> ModelOutput:
-        return ModelOutput(self.model(batch, hidden))
+        noted: dict[int, Tensor] = {}
+        result = self.model(batch, hidden, noted)
+        return ModelOutput(result, tuple(noted[index] for index in self.model.aux_layers))
+
+    def set_aux_hidden_state_layers(self, layers: Sequence[int]) -> None:
+        most = len(self.model.layers)
+        if not all(0 <= index <= most for index in layers):
+            raise ModelError(f"--speculative-config: the head reads layers {list(layers)}, and the model has {most}")
+        self.model.aux_layers = tuple(layers)
 
     def embed(self, batch: InputBatch) -> Tensor:
         return self.model.embed(batch)

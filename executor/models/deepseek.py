@@ -45,7 +45,7 @@ class DeepseekForCausalLM(CausalDecoder):
             return LatentAttention(context, rotary, has_split_up=has_split_up, prefix=prefix)
 
         def mlp(index: int, prefix: str) -> MoE | GatedMLP:
-            if not sparse[index]:
+            if not (index >= len(sparse) or sparse[index]):  # those behind the last predict further tokens
                 return GatedMLP(context, prefix=prefix)
             return MoE(
                 context, routing, num_experts, inner, is_corrected=self.is_corrected, shared=shared, prefix=prefix

@@ -189,13 +189,15 @@ class Gemma4Decoder(Decoder):
             self.per_layer_projection_norm = gemma4_norm(context, self.inner)
             self.factors = (torch.tensor(self.inner**0.5).to(context.dtype).item(), config.hidden_size**-0.5)
 
-    def forward(self, batch: InputBatch, hidden: Tensor | None) -> Tensor:
+    def forward(self, batch: InputBatch, hidden: Tensor | None, noted: dict[int, Tensor] | None = None) -> Tensor:
         assert hidden is None and self.norm is not None
         hidden = self.embed(batch)
+        self.note(hidden, 0, noted)
         inputs = self.layer_inputs(batch, hidden)
-        for layer, layer_input in zip(self.layers, inputs, strict=True):
+        for index, (layer, layer_input) in enumerate(zip(self.layers, inputs, strict=True)):
             assert isinstance(layer, Gemma4Layer)
             hidden = layer.finish(layer(hidden, batch), batch, layer_input)
+            self.note(hidden, index + 1, noted)
         out: Tensor = self.norm(hidden)
         return out
 

@@ -7,11 +7,13 @@ each has a proposer, and all must propose the same drafts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from executor.messages import I32, I64, NewRequest
 from executor.request_states import RequestStates
@@ -35,6 +37,20 @@ class Drafts:
 
 
 @dataclass(frozen=True)
+class ComputedRows:
+    """What a step has computed."""
+
+    slots: I32
+    """int32 [rows]."""
+    counts: I32
+    """int32 [rows]: tokens of each row, drafts included."""
+    begins: I64
+    """int64 [rows]: positions of their first tokens."""
+    hidden_states: Sequence[Tensor]
+    """Those of all tokens, [tokens, hidden_size], then the auxiliary ones. They hold until the next step begins."""
+
+
+@dataclass(frozen=True)
 class ProposerContext:
     """What a worker has for its proposer."""
 
@@ -43,7 +59,7 @@ class ProposerContext:
     states: RequestStates | None = None
     """Tokens by slot."""
     draft: DraftModel | None = None
-    """The model of ``SpeculativeConfig.draft``."""
+    """The second model, of methods that have one."""
 
 
 class Proposer(Protocol):
@@ -64,12 +80,12 @@ class Proposer(Protocol):
             output: int32 [tokens]: its output so far.
         """
 
-    def follow(self, slots: I32, states: RequestStates) -> None:
+    def follow(self, computed: ComputedRows, states: RequestStates) -> None:
         """Registers that a step is done, before ``propose`` is called for its rows that sample.
 
         Args:
-            slots: int32 [rows]: slots of the step.
-            states: What is known and computed of each.
+            computed: The rows of the step.
+            states: What is known and computed of each: rejected drafts are not.
         """
 
     def propose(self, slots: I32, limits: I64, states: RequestStates) -> Drafts:

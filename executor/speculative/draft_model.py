@@ -14,12 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from executor.base import ModelError
 from executor.config import SpeculativeConfig
-from executor.messages import I32, I64, NewRequest, i32
+from executor.messages import I32, I64, NewRequest
 from executor.request_states import RequestStates
-from executor.scripts import NO_OUTPUT, read_scripts
-from executor.speculative.base import Drafts, ProposerContext
+from executor.speculative.base import ComputedRows, Drafts, ProposerContext
+from executor.speculative.forced_drafts import ForcedDrafts
 from executor.speculative.step_costs import StepCosts
 
 Bools = npt.NDArray[np.bool_]
@@ -42,7 +41,7 @@ class DraftModelProposer:
         states.block_tables = states.block_tables[-len(self._model.groups) :]
         states.adapters = np.zeros_like(states.adapters)
         self._forward = self._model.forward(states)
-        self._forced = _Forced(config, max_num_seqs) if config.script else None
+        self._forced = ForcedDrafts(config, max_num_seqs) if config.script else None
         self.costs = StepCosts()
 
     def add(self, request: NewRequest) -> None:
@@ -54,11 +53,12 @@ class DraftModelProposer:
     def remove(self, slot: int, output: I32) -> None:
         pass
 
-    def follow(self, slots: I32, states: RequestStates) -> None:
-        known, computed = states.num_known[slots], states.num_computed[slots]
+    def follow(self, computed: ComputedRows, states: RequestStates) -> None:
+        slots = computed.slots
+        known, reached = states.num_known[slots], states.num_computed[slots]
         # Drafts that were rejected are computed once more, with the tokens in their places.
         self._computed[slots] = np.minimum(self._computed[slots], known - 1)
-        ends = np.minimum(np.where(computed >= known - 1, known, computed), self._max_len)
+        ends = np.minimum(np.where(reached >= known - 1, known, reached), self._max_len)
         counts = ends - self._computed[slots]
         self._next_at[slots] = -1
         rows = np.flatnonzero(counts > 0)
@@ -99,29 +99,3 @@ class DraftModelProposer:
         taken = np.arange(most) < limits[:, None]
         kinds = np.broadcast_to(np.arange(most, dtype=np.int8), taken.shape)
         return Drafts(limits, tokens[taken], kinds[taken])
-
-
-class _Forced:
-    """Replaces drafts by known outputs with a given probability, and by other tokens otherwise."""
-
-    def __init__(self, config: SpeculativeConfig, max_num_seqs: int) -> None:
-        try:
-            self._output_of = read_scripts(config.script)
-        except ValueError as error:
-            raise ModelError(f"--speculative-config: script: {error}") from None
-        self._acceptance = config.acceptance
-        self._outputs: list[I32] = [NO_OUTPUT] * max_num_seqs
-
-    def add(self, request: NewRequest) -> None:
-        prompt = i32(request.token_ids)[: request.num_prompt_tokens]
-        self._outputs[request.slot] = self._output_of(prompt)
-
-    def replace(self, slots: I32, positions: I64, num_prompt: I64, tokens: I64) -> I64:
-        """The tokens to propose instead of these, one per slot."""
-        replaced: I64 = tokens.copy()
-        for row, slot in enumerate(slots.tolist()):
-            output, index = self._outputs[slot], int(positions[row] - num_prompt[row])
-            if index < len(output):
-                is_right = np.random.default_rng([len(output), index]).random() < self._acceptance
-                replaced[row] = output[index] if is_right else (output[index] + 1) % 1000
-        return replaced

@@ -10,6 +10,8 @@ REGISTRY = {
     "suffix": "executor.speculative.suffix:SuffixProposer",
     "ngram": "executor.speculative.suffix:NgramProposer",
     "draft_model": "executor.speculative.draft_model:DraftModelProposer",
+    "eagle3": "executor.speculative.draft_head:DraftHeadProposer",
+    "mtp": "executor.speculative.draft_head:DraftHeadProposer",
     "scripted": "executor.speculative.scripted:ScriptedProposer",
 }
 """Proposer classes, constructed with the ``SpeculativeConfig``, the number of slots and a ``ProposerContext``."""

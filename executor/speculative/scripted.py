@@ -8,7 +8,7 @@ from executor.config import SpeculativeConfig
 from executor.messages import I32, I64, NewRequest, i32
 from executor.request_states import RequestStates
 from executor.scripts import NO_OUTPUT, read_scripts
-from executor.speculative.base import Drafts, ProposerContext
+from executor.speculative.base import ComputedRows, Drafts, ProposerContext
 
 
 class ScriptedProposer:
@@ -31,7 +31,7 @@ class ScriptedProposer:
     def remove(self, slot: int, output: I32) -> None:
         pass
 
-    def follow(self, slots: I32, states: RequestStates) -> None:
+    def follow(self, computed: ComputedRows, states: RequestStates) -> None:
         pass
 
     def propose(self, slots: I32, limits: I64, states: RequestStates) -> Drafts:

@@ -17,7 +17,7 @@ from executor.config import MAX_DRAFT_TOKENS, SpeculativeConfig
 from executor.messages import I32, I64, NewRequest
 from executor.registry import resolve
 from executor.request_states import RequestStates
-from executor.speculative.base import Drafts, ProposerContext
+from executor.speculative.base import ComputedRows, Drafts, ProposerContext
 from executor.speculative.lookup import Found, continuation, find
 from executor.speculative.pool import Pool, Pools
 
@@ -64,7 +64,7 @@ class SuffixProposer:
     def remove(self, slot: int, output: I32) -> None:
         self._pools.add(self._numbers[slot], output)
 
-    def follow(self, slots: I32, states: RequestStates) -> None:
+    def follow(self, computed: ComputedRows, states: RequestStates) -> None:
         pass
 
     def propose(self, slots: I32, limits: I64, states: RequestStates) -> Drafts:

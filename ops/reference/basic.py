@@ -67,6 +67,12 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     return torch.add(x, y)
 
 
+@op(lambda x, y: Spec(x.spec.rows, x.spec.width + y.spec.width, x.spec.dtype))
+def concat(x: Tensor, y: Tensor) -> Tensor:
+    """The columns of x [rows, width], then those of y [rows, other width], in the same dtype."""
+    return torch.cat((x, y), -1)
+
+
 @op(like_first)
 def multiply(x: Tensor, y: Tensor) -> Tensor:
     """``x * y``, element by element."""

@@ -93,7 +93,7 @@ def random_model(
     config = HFConfig({**RANDOM_MODEL, **fields}, "config.json")
     method = quantization or choose_quantization(None, None)
     context = ModelContext(config, ParallelState(), dtype, CPU, method, config.max_position)
-    model = build_model(make_model, context, None)  # type: ignore[arg-type]
+    model = build_model(make_model, context, None)
     generator = torch.Generator().manual_seed(0)
     chosen = {}
     for name, parameter in sorted(named_weights(model), key=lambda pair: pair[0]):

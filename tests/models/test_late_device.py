@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,12 +88,13 @@ class Engine:
         windows: bool = False,
         kv_cache_dtype: str = "auto",
         family: str = "llama",
+        folder: Path | None = None,
         speculative: SpeculativeConfig | None = None,
         forced_outputs: str = "",
         **config: Any,
     ) -> None:
         monkeypatch.setattr("executor.worker.create_device", lambda name: device)
-        folder = tiny.checkpoint("qwen2", **WINDOWS) if windows else tiny.checkpoint(family)
+        folder = folder or (tiny.checkpoint("qwen2", **WINDOWS) if windows else tiny.checkpoint(family))
         model = ModelConfig(model=str(folder), dtype="float32", enforce_eager=eager, kv_cache_dtype=kv_cache_dtype)
         self.answers: list[FromWorker] = []
         self.device = device

@@ -111,7 +111,7 @@ def test_help_has_groups_and_hides_what_does_not_work() -> None:
         (["--quantization", "quip"], "--quantization quip: not supported yet; leave it out for models that are"),
         (["-tp", "2", "--distributed-executor-backend", "inline"], "--tensor-parallel-size 2: each rank is a process"),
         (["-pp=2", "--distributed-executor-backend=inline"], "--pipeline-parallel-size 2: each rank is a process"),
-        (["--speculative-config", '{"method": "eagle3"}'], "method 'eagle3': EAGLE heads are not supported yet; use"),
+        (["--speculative-config", '{"method": "eagle"}'], "method 'eagle': heads of EAGLE 1 and 2 are not supported"),
         (["--speculative-model", "m/draft"], "--speculative-model m/draft: use --speculative-config, such as"),
         (["--kv-cache-dtype", "int4"], "--kv-cache-dtype int4: not supported, 4 bits cost models with heads of 64"),
         (["--kv-cache-dtype", "fp6"], "--kv-cache-dtype fp6: unknown data type; choose from auto, int8, fp8, fp8_e4m3"),
@@ -170,7 +170,7 @@ def test_keyword_arguments_of_vllm() -> None:
     assert any(note.startswith("--swap-space 4 (preempted requests are recomputed") for note in notes)
     for options_ in (
         {"enable_prompt_adapter": True},
-        {"speculative_config": {"method": "mtp"}},
+        {"speculative_config": {"method": "medusa"}},
         {"kv_cache_dtype": "int4"},
     ):
         with pytest.raises(ConfigError, match="not supported yet|use int8|prompt adapters"):
@@ -259,11 +259,26 @@ def test_a_draft_model_is_named_with_its_quantization() -> None:
     assert draft.draft is not None and (draft.draft.model, draft.draft.quantization) == ("m/draft", "int8")
 
 
+def test_draft_heads_are_named_as_vllm_does() -> None:
+    for fields in ({"method": "eagle3", "model": "m/head"}, {"model": "m/Model-EAGLE3"}):
+        head = speculation_of(**fields)
+        assert head is not None and head.method == "eagle3" and head.draft is not None
+        assert head.draft.model == fields["model"] and head.num_speculative_tokens == 3
+    for method in ("mtp", "deepseek_mtp", "glm4_moe_mtp"):
+        mtp = speculation_of(method=method, num_speculative_tokens=1)
+        assert mtp is not None and (mtp.method, mtp.num_speculative_tokens, mtp.draft) == ("mtp", 1, None)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_speculative_tokens": 3}, 'method is missing; use "suffix", "ngram" or "draft_model"'),
+        ({"num_speculative_tokens": 3}, 'method is missing; use "suffix", "ngram", "draft_model", "eagle3" or "mtp"'),
         ({"method": "draft_model"}, "model is missing: one of the same family"),
+        ({"method": "eagle3"}, "model is missing: an EAGLE-3 head that was trained for the model"),
+        (
+            {"method": "mtp", "model": "m/head"},
+            "model is for the methods 'draft_model' and 'eagle3'; omit it for 'mtp'",
+        ),
         ({"model": "m/draft", "quantization": "int3"}, "quantization must be one of awq, "),
         ({"model": "m/draft", "draft_tensor_parallel_size": 2}, "draft_tensor_parallel_size must be 1, got 2"),
         ({"model": "m/draft", "use_heterogeneous_vocab": True}, "both models must have the same vocabulary; omit it"),
@@ -274,7 +289,10 @@ def test_a_draft_model_is_named_with_its_quantization() -> None:
         ({"method": "suffix", "prompt_lookup_max": 3}, "prompt_lookup_max is for the method 'ngram'; omit it"),
         ({"method": "suffix", "suffix_decoding_min_token_prob": 2}, "must be a number from 0 to 1, got 2"),
         ({"method": "suffix", "suffix_decoding_max_tree_dept": 2}, "did you mean suffix_decoding_max_tree_depth?"),
-        ({"method": "suffix", "model": "m/draft"}, "model is for the method 'draft_model'; omit it for 'suffix'"),
+        (
+            {"method": "suffix", "model": "m/draft"},
+            "model is for the methods 'draft_model' and 'eagle3'; omit it for 'suffix'",
+        ),
         ({"method": "suffix", "disable_by_batch_size": 4}, "the number of drafts adapts to the load by itself"),
         ({"method": "suffix", "acceptance_method": "typical_acceptance_sampler"}, "drafts are verified exactly"),
         (

@@ -645,3 +645,21 @@ def test_a_draft_model_needs_the_vocabulary_of_the_model(tmp_path: Path) -> None
         configured(other)
     with pytest.raises(ModelFileError, match="missing: no such folder or file"):
         configured(tmp_path / "missing")
+
+
+def test_a_draft_head_has_no_tokenizer(tmp_path: Path) -> None:
+    folder, head = tiny.checkpoint("llama"), tmp_path / "head"
+    head.mkdir()
+
+    def configured(path: Path) -> Any:
+        speculative = {"method": "eagle3", "model": str(path)}
+        config, _ = make_config({"model": str(folder), "dtype": "float32", "speculative_config": speculative})
+        return with_model(config, find_model(config)).engine.executor.speculative
+
+    with pytest.raises(ModelFileError, match="a draft head must be a folder with a config.json"):
+        configured(head)
+    (head / "config.json").write_text("{}")
+    own = configured(head)
+    assert own.method == "eagle3" and (own.draft.model, own.draft.dtype) == (str(head.resolve()), "float32")
+    with pytest.raises(ModelFileError, match="missing: no such folder or file"):
+        configured(tmp_path / "missing")
