@@ -68,7 +68,7 @@ inline void dequantize_block(const Cursor& at, W* out) {
     using Read = typename Form::Read;
     constexpr int kLineElements = 4 / kPair<W> * kStepElements;
     BlockScales found;
-    Form::Scales::get(at.layout->encoding, at.rows, at.header, at.index, found);
+    Form::Scales::get(at.layout->encoding, at.rows, at.header, at.codes, at.index, found);
     for (int half = 0; half < 2; ++half) {
         for (int part = 0; part < kLanes; part += kIntColumns) {
             const ColumnScales scales = scales_of<Form, kZeroPoints>(at, found, half * kLanes + part);
@@ -101,7 +101,8 @@ void with_zero_points(const OctavoEncoding& encoding, F function) {
 }
 
 inline void prefetch_block(const Cursor& at, uintptr_t ahead) {
-    for (int line = 0; line < at.layout->block_bytes; line += kCacheLineBytes)
+    for (int line = -at.layout->front_bytes; line < at.layout->block_bytes - at.layout->front_bytes;
+         line += kCacheLineBytes)
         prefetch(address_of(at.codes) + ahead + line);
 }
 

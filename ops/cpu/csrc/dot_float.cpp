@@ -77,7 +77,7 @@ void multiply_rows(const QuantizedLayout& layout, const uint8_t* weight, const L
     Cursor at = Cursor::at(layout, weight, 0);
     BlockScales found;
     for (int k = 0; k < layout.shape.column_blocks(); ++k, at.next()) {
-        Form::Scales::get(layout.encoding, at.rows, at.header, at.index, found);
+        Form::Scales::get(layout.encoding, at.rows, at.header, at.codes, at.index, found);
         prefetch_block(at, ahead);
         for (int column = 0; column < kColumns; column += kIntColumns)
             add_block<Form, kZeroPoints, T, kNumRows>(at, found, column, left, left.data + k * left.block, sums);

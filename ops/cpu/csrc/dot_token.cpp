@@ -21,7 +21,11 @@ constexpr int kBlocksPerPass = 4;
 
 // From this many rows on, loads of the rows are the limit, so the two vectors share them; with fewer, memory is, so
 // that weights are read in order.
+#if defined(__AVX512F__) && defined(OCTAVO_DOT_INT8)
+constexpr int kRowsSharingLoads = 9;
+#else
 constexpr int kRowsSharingLoads = 3;
+#endif
 
 #if defined(__AVX2__) && !defined(OCTAVO_DOT_INT8)
 

@@ -69,11 +69,16 @@ inline void store_floats(float* p, Floats a) { _mm512_storeu_ps(p, a); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
-inline Vec load_integers(const uint8_t* p) {
-    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+inline Floats to_floats(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
-inline Vec load_integers(const int8_t* p) {
-    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+inline Floats to_floats(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline Floats to_floats(const Float16* p) { return load(p).v; }
+template <class T>
+inline Vec load_integers(const T* p) {
+    return {to_floats(p)};
 }
 
 #elif defined( \
@@ -133,17 +138,16 @@ inline void store_floats(float* p, Floats a) { _mm256_storeu_ps(p, a); }
 inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 
-inline Vec load_integers(const uint8_t* p) {
-    return each([=](int i) {
-        return _mm256_cvtepi32_ps(
-            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + i * kPartLanes))));
-    });
+inline Floats to_floats(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
-inline Vec load_integers(const int8_t* p) {
-    return each([=](int i) {
-        return _mm256_cvtepi32_ps(
-            _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + i * kPartLanes))));
-    });
+inline Floats to_floats(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline Floats to_floats(const Float16* p) { return part_load(p); }
+template <class T>
+inline Vec load_integers(const T* p) {
+    return each([=](int i) { return to_floats(p + i * kPartLanes); });
 }
 
 #else  // any CPU ------------------------------------------------------------------------------------------------------
@@ -198,10 +202,14 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 }
 
 template <class T>
+inline Floats to_floats(const T* p) {
+    return Floats{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
+                  static_cast<float>(p[3])};
+}
+inline Floats to_floats(const Float16* p) { return part_load(p); }
+template <class T>
 inline Vec load_integers(const T* p) {
-    float x[kLanes];
-    for (int i = 0; i < kLanes; ++i) x[i] = static_cast<float>(p[i]);
-    return load(x);
+    return each([=](int i) { return to_floats(p + i * kPartLanes); });
 }
 
 #endif  // -------------------------------------------------------------------------------------------------------------
@@ -210,7 +218,7 @@ inline Vec load_integers(const T* p) {
 template <int kFrom, int kCount, int kTo>
 inline Codes bits_at(Codes a) {
     constexpr int kMask = ((1 << kCount) - 1) << kTo;
-    const Codes mask = splat_codes(kMask * 0x01010101);
+    const Codes mask = splat_codes(static_cast<int32_t>(kMask * 0x01010101u));
     if constexpr (kFrom > kTo)
         return both(shift_right<kFrom - kTo>(a), mask);
     else if constexpr (kFrom < kTo)
@@ -237,7 +245,9 @@ inline __attribute__((always_inline)) Codes in_order(Codes a) {
 // Without an instruction for it, sums of two products (uint8 times int8) are 16-bit numbers. As many as fit are added
 // up before they are widened: of 4-bit codes all 8 vectors, since 8 * 2 * 15 * 127 < 2^15. Codes of 8 bits are taken as
 // signed numbers, 128 less; their magnitudes are multiplied with numbers that take their signs.
-template <int kBits, int kGroups, int kRows>
+//
+// With the instruction, second vectors may be 16 times as large (`kInPlace`): their sums are kept apart.
+template <int kBits, int kGroups, int kRows, bool kInPlace = false>
 struct Products {
 #if defined(OCTAVO_ADD_PAIRS)
     static constexpr int kLess = kBits == 8 ? 128 : 0;  // than their codes are the numbers that are multiplied
@@ -287,12 +297,26 @@ struct Products {
         sum = in_order(kBegins ? product : add_pairs(sum, product));
     }
 #else
+    Totals apart[kInPlace ? kRows : 1];
+
     template <int kLine>
     inline __attribute__((always_inline)) void add(Codes first, Codes second, int row, Codes x_first, Codes x_second) {
         totals[0][row] = dot(totals[0][row], first, x_first);
-        totals[kGroups - 1][row] = dot(totals[kGroups - 1][row], second, x_second);
+        if constexpr (kInPlace)
+            apart[row] = dot(kLine == 0 ? splat_total(0) : apart[row], second, x_second);
+        else
+            totals[kGroups - 1][row] = dot(totals[kGroups - 1][row], second, x_second);
     }
 #endif
+
+    // A sum that is complete.
+    inline __attribute__((always_inline)) Totals total(int group, int row) const {
+#if defined(OCTAVO_DOT_INT8)
+        if constexpr (kInPlace)
+            if (group == kGroups - 1) return plus(totals[group][row], over_power<4>(apart[row]));
+#endif
+        return totals[group][row];
+    }
 };
 
 }  // namespace octavo

@@ -142,22 +142,26 @@ SuperIntegers read_super(int32_t format, const uint8_t* row, int super) {
     }
 }
 
-// Scales of one of 32 rows, into their header.
-void pack_super(const QuantizedLayout& layout, const uint8_t* row, int super, int lane, uint8_t* header) {
-    const SuperIntegers found = read_super(layout.encoding.format, row, super);
-    std::memcpy(header + 2 * lane, found.scale, 2);
-    header += 2 * kColumns;
+// Scales of one of 32 rows, into their header and before the codes of its blocks.
+void pack_super(const QuantizedLayout& layout, const uint8_t* row, int k, int lane, const Cursor& at) {
+    const SuperIntegers found = read_super(layout.encoding.format, row, k / kSuperBlocks);
+    uint8_t* place = const_cast<uint8_t*>(at.header);
+    std::memcpy(place + 2 * lane, found.scale, 2);
+    place += 2 * kColumns;
     if (found.minimum) {
-        std::memcpy(header + 2 * lane, found.minimum, 2);
-        header += 2 * kColumns;
+        std::memcpy(place + 2 * lane, found.minimum, 2);
+        place += 2 * kColumns;
     }
     const int32_t format = layout.encoding.format;
     const int halves = format == kQ2_K || format == kQ3_K || format == kQ6_K ? 2 : 1;
-    for (int block = 0; block < kSuperBlocks; ++block) {
-        for (int half = 0; half < halves; ++half, header += kColumns)
-            header[lane] = static_cast<uint8_t>(found.scales[block * halves + half]);
-        for (int half = 0; half < halves && found.minimum && format != kQ2_K; ++half, header += kColumns)
-            header[lane] = found.minimums[block * halves + half];
+    const int blocks = std::min(kSuperBlocks, layout.shape.column_blocks() - k);
+    for (int block = 0; block < blocks; ++block) {
+        if (layout.front_bytes)
+            place = const_cast<uint8_t*>(at.codes) + block * layout.block_bytes - layout.front_bytes;
+        for (int half = 0; half < halves; ++half, place += kColumns)
+            place[lane] = static_cast<uint8_t>(found.scales[block * halves + half]);
+        for (int half = 0; half < halves && found.minimum && format != kQ2_K; ++half, place += kColumns)
+            place[lane] = found.minimums[block * halves + half];
     }
 }
 
@@ -211,12 +215,7 @@ void pack_half(int bits, const uint8_t (*lines)[kLineBytes], uint8_t* out) {
         return;
     }
     const auto field = [&](int line, int i, int shift, int mask) { return lines[line][i] >> shift & mask; };
-    if (bits >= 4) {
-        for (int line = 0; line < kLines; ++line, out += kLineBytes)
-            for (int i = 0; i < kLineBytes; ++i)
-                out[i] = static_cast<uint8_t>(field(line, i, 0, 15) | field(line + kLines, i, 0, 15) << 4);
-    }
-    const int rest = bits >= 4 ? 4 : 0;  // bits that are packed already
+    const int rest = bits >= 4 ? 4 : 0;  // bits that are packed last
     if (bits - rest >= 2) {
         for (int part = 0; part < 8; part += kLines, out += kLineBytes)
             for (int i = 0; i < kLineBytes; ++i) {
@@ -231,6 +230,12 @@ void pack_half(int bits, const uint8_t (*lines)[kLineBytes], uint8_t* out) {
             for (int line = 0; line < 8; ++line) packed |= field(line, i, bits - 1, 1) << line;
             out[i] = static_cast<uint8_t>(packed);
         }
+        out += kLineBytes;
+    }
+    if (bits >= 4) {
+        for (int line = 0; line < kLines; ++line, out += kLineBytes)
+            for (int i = 0; i < kLineBytes; ++i)
+                out[i] = static_cast<uint8_t>(field(line, i, 0, 15) | field(line + kLines, i, 0, 15) << 4);
     }
 }
 
@@ -255,6 +260,13 @@ int stored_bits(int32_t format) {
     }
 }
 
+// The scales of all blocks of a header: there may be fewer than 32 rows.
+void clear_fronts(const QuantizedLayout& layout, int k, const Cursor& at) {
+    uint8_t* front = const_cast<uint8_t*>(at.codes) - layout.front_bytes;
+    const int blocks = std::min(layout.header_blocks, layout.shape.column_blocks() - k);
+    for (int block = 0; block < blocks; ++block) std::memset(front + block * layout.block_bytes, 0, layout.front_bytes);
+}
+
 void pack_rows(const QuantizedLayout& layout, const uint8_t* source, int64_t stride, int block, uint8_t* packed) {
     const int bits = stored_bits(layout.encoding.format);
     pack_row_scales(layout, source, stride, block, packed);
@@ -262,6 +274,7 @@ void pack_rows(const QuantizedLayout& layout, const uint8_t* source, int64_t str
     for (int k = 0; k < layout.shape.column_blocks(); ++k, at.next()) {
         uint8_t* header = const_cast<uint8_t*>(at.header);
         if (at.index == 0) std::memset(header, 0, layout.header_bytes);
+        if (at.index == 0 && layout.front_bytes) clear_fronts(layout, k, at);
         for (int half = 0; half < 2; ++half) {
             uint8_t lines[8][kLineBytes];
             std::memset(lines, layout.encoding.format == kFp8E4M3 ? kInvertedE4M3 : 0, sizeof lines);
@@ -274,11 +287,12 @@ void pack_rows(const QuantizedLayout& layout, const uint8_t* source, int64_t str
                 if (at.index) continue;
                 const int column = half * kLanes + lane;
                 if (is_super(layout.encoding.format))
-                    pack_super(layout, row, k / kSuperBlocks, column, header);
+                    pack_super(layout, row, k, column, at);
                 else
                     pack_group(layout, row, k, column, header);
             }
-            pack_half(bits, lines, const_cast<uint8_t*>(at.codes) + half * layout.block_bytes / 2);
+            const int half_bytes = (layout.block_bytes - layout.front_bytes) / 2;
+            pack_half(bits, lines, const_cast<uint8_t*>(at.codes) + half * half_bytes);
         }
     }
 }

@@ -27,6 +27,14 @@ constexpr int64_t kTokenBytesPerGroup = 512 << 10;
 constexpr uintptr_t kAheadBytes = 4096;
 constexpr int kRowsReadByHardware = 1;
 
+// The same for activations with a scale for each row: that many rows are read in order (dot_token.cpp).
+constexpr uintptr_t kTokenAheadBytes = 8192;
+#if defined(__AVX512F__) && defined(OCTAVO_DOT_INT8)
+constexpr int kTokenRowsReadByHardware = 4;
+#else
+constexpr int kTokenRowsReadByHardware = 1;
+#endif
+
 // Bytes of the weight that a thread takes at a time, about, and the least part of its share.
 constexpr int64_t kBytesAtATime = 24 << 10;
 constexpr int kLeastPart = 8;
@@ -199,7 +207,7 @@ void multiply_tokens(const OctavoLinear& op, const OctavoStep& step, const Team&
     const Tiles tiles = Tiles::of(num_rows, kTokenRows);
     const Grid grid = divide(tiles.count, row_blocks(op.weight), team.index, team.size);
     const TokenRows rows = token_rows<T>(op, step, team, tiles);
-    const uintptr_t ahead = num_rows <= kRowsReadByHardware && is_amd() ? 0 : kAheadBytes;
+    const uintptr_t ahead = num_rows <= kTokenRowsReadByHardware && is_amd() ? 0 : kTokenAheadBytes;
     const int64_t tile_bytes = kTokenRows * rows.padded * static_cast<int64_t>(sizeof(TokenCode));
     const int most = static_cast<int>(std::max<int64_t>(1, kTokenBytesPerGroup / tile_bytes));
     alignas(kCacheLine) float sums[kTokenRows * kColumns];
@@ -318,7 +326,7 @@ void multiply_token_part(const OctavoLinear& op, int num_rows, const TokenRow* d
     const Tiles tiles = Tiles::of(num_rows, kTokenRows);
     const int64_t padded = static_cast<int64_t>(blocks_of(op.weight.columns, kBlock)) * kBlock;
     const TokenCode* codes = reinterpret_cast<const TokenCode*>(data + num_rows);
-    const uintptr_t ahead = num_rows <= kRowsReadByHardware && is_amd() ? 0 : kAheadBytes;
+    const uintptr_t ahead = num_rows <= kTokenRowsReadByHardware && is_amd() ? 0 : kTokenAheadBytes;
     alignas(kCacheLine) float sums[kTokenRows * kColumns];
     each_block_of(op.weight, part, [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
         for (int tile = 0; tile < tiles.count; ++tile) {

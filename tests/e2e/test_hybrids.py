@@ -1,0 +1,64 @@
+"""Servers of models with recurrent layers: neither killed processes nor cached prefixes change a token."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+
+from tests import tiny
+from tests.e2e.server import Server
+from tests.e2e.test_faults import Stream, body, under_way
+
+NUM_STREAMS = 4
+MAX_TOKENS = 120
+PROMPT = [(i * i) % 250 + 3 for i in range(600)]
+BLOCK = 256
+"""Tokens between two snapshots of a state."""
+
+
+async def run(server: Server, *titles: str) -> list[list[int]]:
+    """The tokens of all streams. Once these are under way, kills processes one after another."""
+    streams = [Stream() for _ in range(NUM_STREAMS)]
+    async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+        requests = [body(i, max_tokens=MAX_TOKENS) for i in range(NUM_STREAMS)]
+        requests[0]["prompt"] = PROMPT  # computed in several steps
+        tasks = [
+            asyncio.create_task(each.read(client, request)) for each, request in zip(streams, requests, strict=True)
+        ]
+        for title in titles:
+            await under_way(streams, tasks, min(len(each.tokens) for each in streams) + 15)
+            server.child(title).kill()
+        await asyncio.gather(*tasks)
+    assert all(each.finish_reason == "length" for each in streams)
+    return [each.tokens for each in streams]
+
+
+def turn(server: Server, prompt: list[int], salt: str | None = None) -> tuple[list[int], int]:
+    """The tokens of an answer, and how many of the prompt's were cached."""
+    fields = {"max_tokens": 20, "stream": False, "cache_salt": salt}
+    answer = server.post("/v1/completions", body(1, **fields) | {"prompt": prompt}).json()
+    return answer["choices"][0]["token_ids"], answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["mamba2", "qwen3_next"])
+def test_deaths_and_cached_prefixes_change_no_token(kind: str) -> None:
+    folder = tiny.checkpoint(kind, max_position_embeddings=1024) if kind == "qwen3_next" else tiny.checkpoint(kind)
+    flags = ["--model", str(folder), "--kv-cache-memory", "64MiB", "--max-model-len", "1024"]
+    flags += ["--max-num-batched-tokens", "128", "--enable-prompt-tokens-details"]
+    with Server(*flags) as server:
+        alone, num_cached = turn(server, PROMPT, "nobody else's")
+        assert num_cached == 0
+        undisturbed = asyncio.run(run(server))
+        for titles in (("octavo worker 0",), ("octavo engine_core", "octavo worker 0")):
+            assert asyncio.run(run(server, *titles)) == undisturbed
+        assert server.metric("octavo:engine_restarts_total") == 3
+
+        assert turn(server, PROMPT) == (alone, len(PROMPT) // BLOCK * BLOCK)
+        longer = PROMPT + alone + PROMPT[:200]
+        expected, num_cached = turn(server, longer, "another's")
+        assert num_cached == 0
+        assert turn(server, longer)[0] == expected
+        assert turn(server, longer) == (expected, len(longer) // BLOCK * BLOCK)
