@@ -2,6 +2,8 @@
 
 The heads' keys and values are products of a latent, which alone is cached. Always in the absorbed form, whatever the
 number of tokens: the matrices between latents and heads multiply the queries and the results, not the cached rows.
+Expanding keys and values would suit prompts better, but its sums have other bits. The next turn of a chat takes what a
+turn has generated from the cache, or computes it again as part of its prompt: both must give the same latents.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from tests.ops.test_cpu_invariance import same_bits
 
 pytestmark = pytest.mark.parametrize("capability", NAMES)
 
-ROWS = 13, 1, 2, 4, 6, 8
+ROWS = 13, 1, 2, 3, 4, 6, 8
 
 _expected: dict[tuple[str, bytes, bool], tuple[Tensor, Tensor]] = {}
 """Results of the reference, which is the same for all capabilities."""
