@@ -45,7 +45,7 @@ def turn(server: Server, prompt: list[int], salt: str | None = None) -> tuple[li
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["mamba2", "qwen3_next"])
 def test_deaths_and_cached_prefixes_change_no_token(kind: str) -> None:
-    folder = tiny.checkpoint(kind, max_position_embeddings=1024) if kind == "qwen3_next" else tiny.checkpoint(kind)
+    folder = tiny.checkpoint(kind, max_position_embeddings=1024)
     flags = ["--model", str(folder), "--kv-cache-memory", "64MiB", "--max-model-len", "1024"]
     flags += ["--max-num-batched-tokens", "128", "--enable-prompt-tokens-details"]
     with Server(*flags) as server:
