@@ -6,7 +6,7 @@ namespace octavo {
 
 namespace {
 
-constexpr uintptr_t kAheadBytes = 8192;  // how far ahead weights are prefetched
+constexpr uintptr_t kAheadBytes = 6144;  // how far ahead weights are prefetched
 // Up to so many rows, the loads of weights follow each other so closely that AMD's CPUs prefetch by themselves, and a
 // half faster. The second: of codes of 8 bits.
 constexpr int kRowsReadByHardware = 2, kRowsOfBytesReadByHardware = 4;
@@ -26,13 +26,15 @@ constexpr int kRowsSharingLoads = 0;
 #endif
 constexpr int kBlocksPerPass = 4;
 
-// Up to so many rows, the sums of all columns stay in registers.
+// Of k-quants, up to so many rows' sums of all columns stay in registers; from so many on, two vectors share loads.
+constexpr int kRowsOfSupersSharingLoads = 3;
 #if defined(__AVX512F__)
 constexpr int kRowsOfSupers = kRowsKeepingSums - 1;
 #else
 constexpr int kRowsOfSupers = 1;
 #endif
 
+// Whether the upper of two codes in a byte is multiplied where it is, and the sum shifted instead.
 #if defined(OCTAVO_DOT_INT8)
 template <class Code>
 constexpr bool kMultipliesInPlace = std::is_same_v<Code, Nibbles>;
@@ -240,6 +242,7 @@ void multiply_supers(Blocks weight, int blocks, const Int8Block* x, float* sums)
     using Form = typename Blocks::Form;
     using Scales = typename Form::Scales;
     constexpr int kVectors = 2 * kVectorsOfHalf;
+    constexpr int kAtOnce = kRows >= kRowsOfSupersSharingLoads && kRows <= kRowsSharingLoads ? 2 : 1;
     Floats kept[kVectors][kRows];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v)
@@ -252,19 +255,23 @@ void multiply_supers(Blocks weight, int blocks, const Int8Block* x, float* sums)
         for (int v = 0; v < kVectors; ++v) factors[v] = Scales::factors(weight.at.header, v * kIntColumns);
         const int end = std::min(kSuperBlocks, blocks - k);
 #pragma GCC unroll 1
-        for (int i = 0; i < end; ++i, x += kRows) {
+        for (int block = 0; block < end; ++block, x += kRows) {
             weight.prefetch_front();
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) {
-                Products<Form::kBits, Form::kGroups, kRows, Blocks::kInPlace> products[1];
-                multiply_block<Blocks, kRows, 1>(weight, v, x, products);
-                Floats scale[Form::kGroups], minimum[Form::kGroups];
-                Scales::get(factors[v], weight.at.header, weight.at.codes, i, v * kIntColumns, scale, minimum);
+            for (int v = 0; v < kVectors; v += kAtOnce) {
+                Products<Form::kBits, Form::kGroups, kRows, Blocks::kInPlace> products[kAtOnce];
+                multiply_block<Blocks, kRows, kAtOnce>(weight, v, x, products);
+#pragma GCC unroll 2
+                for (int i = 0; i < kAtOnce; ++i) {
+                    const int column = (v + i) * kIntColumns;
+                    Floats scale[Form::kGroups], minimum[Form::kGroups];
+                    Scales::get(factors[v + i], weight.at.header, weight.at.codes, block, column, scale, minimum);
 #pragma GCC unroll 16
-                for (int r = 0; r < kRows; ++r) {
-                    Totals totals[Form::kGroups];
-                    for (int g = 0; g < Form::kGroups; ++g) totals[g] = products[0].total(g, r);
-                    kept[v][r] = add_scaled<Form>(totals, scale, minimum, x[r], kept[v][r]);
+                    for (int r = 0; r < kRows; ++r) {
+                        Totals totals[Form::kGroups];
+                        for (int g = 0; g < Form::kGroups; ++g) totals[g] = products[i].total(g, r);
+                        kept[v + i][r] = add_scaled<Form>(totals, scale, minimum, x[r], kept[v + i][r]);
+                    }
                 }
             }
             weight.at.codes += weight.at.layout->block_bytes;
