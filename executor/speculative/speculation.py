@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import numpy.typing as npt
 
@@ -108,14 +106,7 @@ def settle(
 
 
 SEARCH_PERIOD = 4
-"""After ``PATIENCE`` such steps of all slots, drafts are proposed each time that this many steps have passed, unless
-that is cheap."""
-CHEAP = 0.0025
-"""Part of a step's time that a search may take in every step."""
-SEARCH_RATE = 0.1
-"""How fast the time of a search follows a measurement."""
-MAX_SURPRISE = 4.0
-"""Bound of a measurement relative to the expectation: something else may have taken the time."""
+"""After ``PATIENCE`` such steps of all slots, drafts are proposed each time that this many steps have passed."""
 
 
 class Speculation:
@@ -143,10 +134,6 @@ class Speculation:
         """Ranks must not differ in which results they know when a step begins."""
         self._num_fruitless = 0
         """Steps since drafts of any slot were last worth verifying."""
-        self._search_ms = 0.0
-        """What a search and the choice among its results took of late; 0: nothing was measured."""
-        self._step_ms = 0.0
-        """What the last step took that sampled at each of its tokens; 0: likewise."""
         self._num_idle = np.zeros(max_num_seqs, np.int64)
         """Steps of a slot since drafts were last worth verifying."""
 
@@ -180,7 +167,6 @@ class Speculation:
         """Records the time of a step that sampled at each of its tokens."""
         if self._proposer is not None:
             self._lengths.costs.add(num_tokens, milliseconds)
-            self._step_ms = milliseconds
 
     def follow(self, computed: ComputedRows, states: RequestStates) -> None:
         """Registers that a step is done."""
@@ -193,15 +179,7 @@ class Speculation:
         self._num_fruitless += 1
         if self._always_waits or self._costs is not None or self._num_fruitless <= PATIENCE:
             return True
-        if 0.0 < self._search_ms <= CHEAP * self._step_ms:
-            return True
         return self._num_fruitless % SEARCH_PERIOD == 0
-
-    def _note_search(self, begin: float) -> None:
-        """Records what a search and the choice among its results took. ``begin``: when it began, in seconds."""
-        milliseconds = (time.perf_counter() - begin) * 1e3
-        expected = self._search_ms or milliseconds
-        self._search_ms = expected + SEARCH_RATE * (min(milliseconds, MAX_SURPRISE * expected) - expected)
 
     def propose(self, rows: SampleRows, epochs: I64, states: RequestStates) -> Drafts | None:
         """Proposes drafts for the next step of the requests that got tokens, and writes them to the table.
@@ -227,19 +205,15 @@ class Speculation:
         if self._costs is not None:
             limits = self._lengths.affordable(slots, limits, self._costs)
         proposed = Drafts(np.zeros(len(slots), np.int64), np.empty(0, np.int32))
-        begin, is_due = time.perf_counter(), self._is_search_due()
-        if is_due:
+        if self._is_search_due():
             proposed = self._proposer.propose(slots, limits, states)
         if not len(proposed.token_ids):  # the usual case of text that never repeats
             states.num_drafts[current] = 0
             self._num_idle[current] += 1
-            if is_due:
-                self._note_search(begin)
             return proposed
         counts = np.zeros(len(slots), np.int64)
         mine = Drafts(proposed.counts[is_current], proposed.token_ids, proposed.kinds)
         counts[is_current] = self._lengths.choose(current, mine, states)
-        self._note_search(begin)
         self._num_idle[current] = np.where(counts[is_current] > 0, 0, self._num_idle[current] + 1)
         self._num_fruitless = 0 if counts.any() else self._num_fruitless
         # A step that is under way already, since no drafts were expected, has none.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +16,8 @@ from executor.request_states import RequestStates
 from executor.sampling.base import BAD_LOGITS, SamplerOutput, SampleRows, TokenMask
 from executor.sampling.reference import ReferenceSampler
 from executor.sampling.sampler import Sampler
-from executor.speculative.base import Drafts
 from executor.speculative.registry import create_proposer
 from executor.speculative.speculation import Speculation, drafts_of, settle, step_rows
-from executor.speculative.suffix import SuffixProposer
 from tests.unit.test_sampling import (
     CHANNEL,
     NUM_SLOTS,
@@ -241,29 +238,3 @@ def test_an_unknown_method_is_named() -> None:
         match=r"unknown speculative method 'magic'; choose from draft_model, eagle3, mtp, ngram, scripted, suffix",
     ):
         create_proposer(SpeculativeConfig(method="magic", num_speculative_tokens=1), 4)
-
-
-@pytest.mark.parametrize(("step_ms", "expected"), [(1e9, 40), (1e-9, 8 + 8)])
-def test_searches_become_rare_if_they_find_nothing_and_take_time(
-    step_ms: float, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    searches: list[int] = []
-    propose = SuffixProposer.propose
-
-    def counted(self: SuffixProposer, *args: Any) -> Drafts:
-        searches.append(1)
-        return propose(self, *args)
-
-    monkeypatch.setattr(SuffixProposer, "propose", counted)
-    speculation = Speculation(SpeculativeConfig(method="suffix", num_speculative_tokens=4), 4)
-    states = RequestStates(4, 64, [])
-    request = NewRequest(2, np.array([50], np.int32).tobytes(), 1, 0, (), params=ResolvedParams(max_tokens=60))
-    states.apply(SchedulerOutput(1, b"", b"", b"", new_reqs=(request,)))
-    speculation.add(request)
-    slots = np.array([2], np.int32)
-    for token in range(40):  # none occurs twice
-        states.fill(slots, states.epochs[slots], states.num_known[slots], np.array([token]))
-        states.num_tokens[slots] = states.num_known[slots]
-        speculation.note_step(1, step_ms)
-        speculation.propose(SampleRows(slots, states.num_known[slots] - 1, slots), states.epochs[slots], states)
-    assert len(searches) == expected
