@@ -8,8 +8,9 @@
 
 Two engines run side by side, one of them idle. A pair is a set of requests that both answer; which goes first changes
 from pair to pair. Speeds count from the first token of the last stream, so prompts are left out. The interval contains
-the mean ratio with a probability of 95 % (Student's t over the logarithms of all pairs). A benchmark ends when its time
-is up, or with its last pair.
+the mean ratio with a probability of 95 % (Student's t over the logarithms of all pairs); that of the median, which
+other work on the machine disturbs less, comes from the ranks of the pairs. A benchmark ends when its time is up, or
+with its last pair.
 
 ``edits`` and ``edits16`` rewrite files (``edits.jsonl`` in the folder OCTAVO_TEST_DATA); the text that really came out
 is forced on the model. ``random16`` and ``random64`` force tokens of which none occurs twice. ``chat``, ``gsm8k``,
@@ -64,6 +65,8 @@ CODE_LINES = 60
 MAX_TOKENS = 200
 FEWER_TOKENS = {"edits16": 100, "random16": 48, "random64": 24, "draft": 64}
 """Tokens of an output, where more would leave time for fewer than 30 pairs."""
+NUM_PAIRS, MANY_PAIRS = 30, 100
+"""Pairs, and those of benchmarks whose ratio is near 1."""
 CONTEXT = 4096
 
 
@@ -82,16 +85,17 @@ Pair = list[Request]
 class Texts:
     """The requests of each benchmark."""
 
-    def __init__(self, tokenizer: Tokenizer, data: Path | None, num_tokens: int | None, num_pairs: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, data: Path | None, num_tokens: int | None, num_pairs: int | None) -> None:
         self._tokenizer = tokenizer
         self._data = data
-        self._given = num_tokens
-        self._num_tokens = num_tokens or MAX_TOKENS
-        self._num_pairs = num_pairs
+        self._given = num_tokens, num_pairs
+        self._num_tokens, self._num_pairs = MAX_TOKENS, NUM_PAIRS
 
     def of(self, name: str) -> list[Pair]:
         """The pairs of a benchmark."""
-        self._num_tokens = self._given or FEWER_TOKENS.get(name, MAX_TOKENS)
+        num_tokens, num_pairs = self._given
+        self._num_tokens = num_tokens or FEWER_TOKENS.get(name, MAX_TOKENS)
+        self._num_pairs = num_pairs or (MANY_PAIRS if name.startswith("random") else NUM_PAIRS)
         makers: dict[str, Callable[[], list[Pair]]] = {
             "edits": self._edits,
             "edits16": lambda: self._together(self._edits(), 16),
@@ -202,10 +206,11 @@ def compare(off: LLM, on: LLM, name: str, pairs: list[Pair], fields: dict[str, A
             column.append(1 / seconds[llm])
     verified, accepted = (after - before for after, before in zip(counts(on), before, strict=True))
     low, high = interval(logs)
+    middle = [math.exp(value) for value in (statistics.median(logs), *median_interval(logs))]
     print(
         f"| {name} | {len(logs)} | {statistics.median(speeds[0]):.1f} | {statistics.median(speeds[1]):.1f} "
         f"| {math.exp(statistics.fmean(logs)):.3f} | {math.exp(low):.3f} to {math.exp(high):.3f} "
-        f"| {accepted / max(1, verified):.0%} of {verified} |",
+        f"| {middle[0]:.3f} | {middle[1]:.3f} to {middle[2]:.3f} | {accepted / max(1, verified):.0%} of {verified} |",
         flush=True,
     )
 
@@ -226,6 +231,13 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean - t * error, mean + t * error
 
 
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the median, by ranks."""
+    ordered = sorted(values)
+    first = max(0, math.floor(len(values) / 2 - 0.98 * math.sqrt(len(values))))
+    return ordered[first], ordered[-1 - first]
+
+
 NAMES = ["edits", "edits16", "random16", "random64", "chat", "gsm8k", "code", "questions", "draft"]
 
 
@@ -239,7 +251,7 @@ def main() -> None:
     parser.add_argument("--draft", help="draft model, for the benchmark of that name")
     parser.add_argument("--acceptance", type=float, default=0.8, help="probability that one of its drafts is right")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--pairs", type=int, help="most pairs (default: by benchmark)")
     parser.add_argument("--tokens", type=int, help="most tokens of an output (default: by benchmark)")
     parser.add_argument("--seconds", type=float, default=190, help="after which a benchmark starts no further pair")
     options = parser.parse_args()
@@ -261,7 +273,8 @@ def main() -> None:
         fields["forced_outputs"] = str(path) if forced else ""
         begin = time.perf_counter()
         with LLM(options.model, **fields, speculative_config={}) as off, speculating(options, fields, path) as on:
-            print("| benchmark | pairs | tokens/s off | on | ratio | 95 % | accepted |\n|---|---|---|---|---|---|---|")
+            print("| benchmark | pairs | tokens/s off | on | mean ratio | 95 % | median | 95 % | accepted |")
+            print("|---|---|---|---|---|---|---|---|---|")
             for name, pairs in found.items():
                 own = {"temperature": 0.0 if pairs[0][0].output else options.temperature}
                 compare(off, on, name, pairs, own, (options.tokens or MAX_TOKENS, options.seconds))
