@@ -24,6 +24,9 @@ from executor.parallel import RANKS, ParallelState, SharedByRanks, places
 from executor.worker import Worker
 from tests.null.core_harness import Harness
 
+ANSWER_TIMEOUT = 300.0
+"""Seconds that a rank may take, the compiler of the kernels included."""
+
 
 class _Rank:
     """A worker's thread and what it is sent."""
@@ -88,7 +91,7 @@ class ThreadExecutor:
 
     def wait(self, *others: Any) -> None:
         """Waits for an answer, or for something else to become readable."""
-        ready, _, _ = select.select([self._event, *others], [], [], 60)
+        ready, _, _ = select.select([self._event, *others], [], [], ANSWER_TIMEOUT)
         assert ready, "no rank answers"
         if self._event in ready:
             os.eventfd_read(self._event)
