@@ -600,11 +600,6 @@ def _check_ranks(executor: ExecutorConfig) -> None:
 
 
 def _check_kv_cache_dtype(name: str) -> None:
-    if name.startswith("int4"):
-        raise ConfigError(
-            f"--kv-cache-dtype {name}: not supported, 4 bits cost models with heads of 64 numbers 8 % of their "
-            "likelihood and more; use int8"
-        )
     if name not in KV_CACHE_DTYPES:
         raise ConfigError(f"--kv-cache-dtype {name}: unknown data type; choose from {', '.join(KV_CACHE_DTYPES)}")
 

@@ -22,6 +22,7 @@ from executor.models.base import Model
 from executor.quantization.at_load import QuantizingWeights
 from executor.quantization.probe import Probe
 from ops import AttentionMetadata
+from ops.cpu.memory import map_zeros
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +40,13 @@ def calibrate(model: Model, sources: Sources, token_ids: Sequence[int]) -> None:
     """
     begin = time.perf_counter()
     probed = [module for module in model.modules() if isinstance(module, QuantizingWeights)]
-    for weights in probed:
-        tensors = [(stored.read, shard_id) for stored, shard_id in sources[weights.weight]]
-        weights.probe = Probe(weights.weight, weights.dtype, tensors)
     ours = {weights.weight for weights in probed}
-    _run(model, [tensor for weight, tensors in sources.items() if weight in ours for tensor, _ in tensors], token_ids)
+    stored = [tensor for weight, tensors in sources.items() if weight in ours for tensor, _ in tensors]
+    room = map_zeros(2 * max((tensor.num_bytes for tensor in stored), default=0))  # committed where it is written
+    for weights in probed:
+        tensors = [(tensor.read, shard_id) for tensor, shard_id in sources[weights.weight]]
+        weights.probe = Probe(weights.weight, weights.dtype, room, tensors)
+    _run(model, stored, token_ids)
     for weights in probed:
         weights.calibrated()
     logger.info("calibrated on %d tokens in %.1f s", len(token_ids), time.perf_counter() - begin)

@@ -40,8 +40,14 @@ QUANTIZATIONS = (
 )
 """All values of ``--quantization``."""
 
-KV_CODE_NAMES = {"int8": "int8", "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
-"""Values of ``--kv-cache-dtype`` for a KV cache in 8 bits, and torch's names of the dtypes."""
+KV_CODE_NAMES = {
+    "int8": "int8",
+    "fp8": "float8_e4m3fn",
+    "fp8_e4m3": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+    "int4": "uint8",
+}
+"""Values of ``--kv-cache-dtype`` for a KV cache in codes, and torch's names of the dtypes; see ``ops.INT4_CACHE``."""
 KV_CACHE_DTYPES = ("auto", *KV_CODE_NAMES, "bfloat16", "float16", "half", "float32", "float")
 """All values of ``--kv-cache-dtype``."""
 
@@ -179,7 +185,8 @@ class ModelConfig(Config, frozen=True):
         Meta(
             description="Data type of cached K and V. auto: that of the activations. int8: half the memory of 16 bits, "
             "with a scale per token and head. fp8 (fp8_e4m3), fp8_e5m2: the same without scales, less accurate; "
-            "fp8_e4m3 uses those of the checkpoint if it has any.",
+            "fp8_e4m3 uses those of the checkpoint if it has any. int4: K as int8, V in 4 bits with a scale and a "
+            "minimum for each 32 columns, for heads of 128 numbers and more.",
             extra={"group": "Cache"},
         ),
     ] = "auto"

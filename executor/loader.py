@@ -387,7 +387,7 @@ def choose_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
         ModelError: The cache would have another type of 16 or 32 bits than the activations.
     """
     if name in KV_CODE_NAMES:
-        logger.info("K and V are cached in 8 bits: %s", name)
+        logger.info("K and V are cached in codes: %s", name)
         chosen: torch.dtype = getattr(torch, KV_CODE_NAMES[name])
         return chosen
     if name != "auto" and DTYPES[name] != dtype:

@@ -8,7 +8,18 @@ belong here.
 from ops.adapters import Adapter, AdapterTable, ExpertAdapters, PackedAdapter, TableAdapter
 from ops.collective import Communicator, NotConnected, SingleRank
 from ops.dispatch import OpSet, op_set, use
-from ops.metadata import KV_CODES, AdapterRows, AttentionMetadata, AttentionShape, KVLayout, Routing, stored_size
+from ops.metadata import (
+    INT4_CACHE,
+    KV_CODES,
+    AdapterRows,
+    AttentionMetadata,
+    AttentionShape,
+    KVLayout,
+    Routing,
+    cache_name,
+    stored_size,
+    unsupported_cache,
+)
 from ops.packed import (
     ExpertWeights,
     GatedActivation,
@@ -44,6 +55,7 @@ from ops.reference.gguf_blocks import BLOCK_VALUES
 from ops.reference.latent import heads_linear, latent_attention
 from ops.reference.mamba import mamba
 from ops.reference.norm import layer_norm, rms_norm
+from ops.reference.quantize import quantize_groups
 from ops.reference.quantized import (
     block_types,
     decode,
@@ -62,6 +74,7 @@ from ops.reference.small_floats import float_values
 
 __all__ = [
     "BLOCK_VALUES",
+    "INT4_CACHE",
     "KV_CODES",
     "Adapter",
     "AdapterRows",
@@ -93,6 +106,7 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "block_types",
+    "cache_name",
     "clip",
     "concat",
     "decode",
@@ -119,6 +133,7 @@ __all__ = [
     "pack_linear",
     "pack_segment",
     "paged_attention",
+    "quantize_groups",
     "rms_norm",
     "rotary_embedding",
     "route",
@@ -132,6 +147,7 @@ __all__ = [
     "state_size",
     "stored_size",
     "unpack_linear",
+    "unsupported_cache",
     "use",
     "weight_sum",
 ]

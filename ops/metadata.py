@@ -104,14 +104,39 @@ class AttentionShape:
 
 KV_CODES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 """Dtypes of KV caches in 8 bits, and the largest number of each."""
+INT4_CACHE = torch.uint8
+"""Stands for caches with K as in int8, and V in 4 bits: torch has no such dtype."""
 SCALE_BYTES = 2
 """Bytes after the codes of an int8 head: its scale in bfloat16, which has the range of all types of activations. The
 largest code is 127 with a scale of 8 bits, too."""
+V_GROUP = 32
+"""Columns of V in 4 bits that share a scale and a minimum, both in bfloat16."""
+MIN_INT4_HEAD = 128
+"""Numbers of a head from which on V may have 4 bits."""
 
 
-def stored_size(dim: int, dtype: torch.dtype) -> int:
-    """Elements that the cache of a dtype has for a head of ``dim`` numbers."""
-    return dim + SCALE_BYTES if dtype == torch.int8 else dim
+def cache_name(dtype: torch.dtype) -> str:
+    """What the cache of a dtype is called."""
+    return "int4" if dtype == INT4_CACHE else str(dtype).removeprefix("torch.")
+
+
+def stored_size(dim: int, dtype: torch.dtype, *, is_value: bool = False) -> int:
+    """Elements that the cache of a dtype has for a head of ``dim`` numbers of K, or of V."""
+    if dtype == INT4_CACHE and is_value:
+        return -(-dim // V_GROUP) * (V_GROUP // 2 + 2 * SCALE_BYTES)
+    return dim + SCALE_BYTES if dtype in (torch.int8, INT4_CACHE) else dim
+
+
+def unsupported_cache(shape: AttentionShape, dtype: torch.dtype) -> str | None:
+    """The reason why a cache of a dtype is refused for a layer, or None."""
+    if dtype == INT4_CACHE and shape.kind != "kv":
+        return "--kv-cache-dtype: latents have no cache in int4; use auto"
+    if dtype == INT4_CACHE and min(shape.head_dim, shape.v_dim) < MIN_INT4_HEAD:
+        return (
+            f"--kv-cache-dtype int4: heads of {min(shape.head_dim, shape.v_dim)} numbers lose too much in 4 bits, "
+            f"which suit heads of {MIN_INT4_HEAD} and more; use int8"
+        )
+    return None
 
 
 @dataclass(frozen=True)

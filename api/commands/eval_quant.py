@@ -21,6 +21,7 @@ from api.errors import EngineDeadError, ModelFileError
 from api.flags import ConfigError
 from api.model.tokenizer import Tokenizer
 from api.params.sampling import SamplingParams
+from engine_core.config import KV_CACHE_DTYPES
 
 DESCRIPTION = (
     "Compare formats of a model: the likelihood of a text file, the memory of the weights and the speed of one stream."
@@ -66,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Evaluation").add_argument
     add("--formats", metavar="LIST", default=Settings.formats,
         help="Comma-separated: bf16, fp16, fp32, a value of --quantization, auto (as in the model's files) or another "
-        "model. int8@float sets --quantized-activations, too. The first is what the others are compared with "
-        "(default: bf16,int8,int4).")  # fmt: skip
+        "model. int8@float sets --quantized-activations, too, and bf16+int8 --kv-cache-dtype. The first is what the "
+        "others are compared with (default: bf16,int8,int4).")  # fmt: skip
     add("--max-tokens", type=int, metavar="N", default=Settings.max_tokens,
         help="Tokens of the text to use, 0 for all (default: 8192).")  # fmt: skip
     add("--window", type=int, metavar="N", default=Settings.window,
@@ -126,8 +127,13 @@ def row_options(row: str) -> dict[str, Any]:
     Raises:
         ConfigError: The name is empty.
     """
+    options: dict[str, Any] = {}
+    whole, _, cache = row.rpartition("+")
+    if cache in KV_CACHE_DTYPES and whole:
+        row, options["kv_cache_dtype"] = whole, cache
     name, _, activations = row.partition("@")
-    options: dict[str, Any] = {"quantized_activations": activations} if activations else {}
+    if activations:
+        options["quantized_activations"] = activations
     if not name:
         raise ConfigError("--formats: a name is empty")
     if name in DTYPES:

@@ -93,7 +93,7 @@ class AttentionGroup:
             bytes_per_block=len(self.layers) * elements * self.kv_dtype.itemsize,
             layers=self.layers,
             sliding_window=window,
-            dtype=str(self.kv_dtype).removeprefix("torch."),
+            dtype=ops.cache_name(self.kv_dtype),
             layout=self.backend.kv_layout,
         )
 

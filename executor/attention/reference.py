@@ -21,7 +21,10 @@ class ReferenceAttention(OpsAttention):
     def kv_shape(
         self, num_blocks: int, block_size: int, shape: AttentionShape, dtype: torch.dtype
     ) -> tuple[tuple[int, ...], ...]:
-        return tuple(
-            (num_blocks, block_size, shape.num_kv_heads, ops.stored_size(dim, dtype))
-            for dim in ((shape.head_dim,) if shape.kind == LATENT else (shape.head_dim, shape.v_dim))
-        )
+        refused = ops.unsupported_cache(shape, dtype)
+        if refused:
+            raise ValueError(refused)
+        sizes = [ops.stored_size(shape.head_dim, dtype)]
+        if shape.kind != LATENT:
+            sizes.append(ops.stored_size(shape.v_dim, dtype, is_value=True))
+        return tuple((num_blocks, block_size, shape.num_kv_heads, size) for size in sizes)

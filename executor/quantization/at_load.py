@@ -63,10 +63,9 @@ class Scheme:
     encoding: Encoding
     group_bytes: int
     """What a group has beside its codes."""
-    quantize: Callable[[Tensor, Tensor | None], Sequence[Tensor]]
-    """Takes float32 [rows, groups, 32], and the positive importance of errors [groups, 32] where it is known. Returns
-    the codes, uint8 of the shape of the numbers, and the fields of the groups, each [rows, groups], in the order of the
-    encoding."""
+    quantize: Callable[[Tensor, Tensor | None], Tensor]
+    """Takes rows of any floating-point type, and what errors of their columns count where it is known. Returns rows as
+    ``ops.pack_segment`` takes them."""
     is_float: bool = False
     """Numbers are floating-point, a row is one group, and activations stay in floating point."""
 
@@ -78,60 +77,26 @@ class Scheme:
         return replace(self.encoding, group_size=self.group_size(columns))
 
 
-def nearest_int8(groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """8 bits, counting from 128, rounded to the nearest."""
-    scales = (groups.abs().amax(-1) / 127).half()
-    codes = (groups / _divisors(scales)).round_().clamp_(-127, 127).add_(128)
-    return codes.to(torch.uint8), scales
-
-
-SHRINKS = (1.0, 0.9, 0.8)
-"""Shares of a group's range that 4 bits may cover."""
-FLAT = 1e-6
-"""Variance of codes that are all the same, but for rounding."""
-
-
-def best_int4(groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """4 bits with a minimum: of several ranges for each group, the one with the smallest squared error.
-
-    Scale and minimum are fitted to the codes of each by least squares. ``importance`` weighs the errors.
-    """
-    weights = None if importance is None else importance / importance.sum(-1, keepdim=True)
-
-    def mean_of(numbers: Tensor) -> Tensor:
-        sums = numbers.mean(-1) if weights is None else (numbers * weights).sum(-1)
-        return sums[..., None]
-
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    mean = mean_of(groups)
-    centred = groups - mean
-    scales, minimums = torch.zeros_like(low), mean.clone()
-    starts, factors, most = low.clone(), torch.zeros_like(low), torch.full_like(low, -torch.inf)
-    for share in SHRINKS:
-        start, width = (low + high - share * (high - low)) / 2, share * (high - low) / 15
-        factor = torch.where(width > 0, 1 / width, 0)
-        codes = ((groups - start).mul_(factor)).round_().clamp_(0, 15)
-        code_mean = mean_of(codes)
-        covariance = mean_of(codes * centred)
-        variance = mean_of(codes.square_()) - code_mean.square()
-        scale = covariance / torch.where(variance > FLAT, variance, 1)
-        explained = scale * covariance  # the least squared error is the variance of the numbers without it
-        is_better = explained > most
-        most = torch.where(is_better, explained, most)
-        scales, minimums = (
-            torch.where(is_better, scale, scales),
-            torch.where(is_better, mean - scale * code_mean, minimums),
-        )
-        starts, factors = torch.where(is_better, start, starts), torch.where(is_better, factor, factors)
-    codes = ((groups - starts).mul_(factors)).round_().clamp_(0, 15)
-    return codes.to(torch.uint8), scales.squeeze(-1).half(), minimums.squeeze(-1).half()
-
-
-def nearest_fp8(groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def nearest_fp8(source: Tensor, importance: Tensor | None = None) -> Tensor:
     """8 bits (E4M3), rounded to the nearest."""
-    scales = groups.abs().amax(-1) / torch.finfo(torch.float8_e4m3fn).max
-    codes = (groups / _divisors(scales)).to(torch.float8_e4m3fn)
-    return codes.view(torch.uint8), scales
+    result = torch.empty((source.shape[0], source.shape[1] + 4), dtype=torch.uint8)
+    step = max(1, NUMBERS // source.shape[1])
+    for rows, target in zip(source.split(step), result.split(step), strict=True):
+        numbers = rows.float()
+        scales = numbers.abs().amax(-1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+        codes = (numbers / torch.where(scales > 0, scales, 1)).to(torch.float8_e4m3fn)
+        torch.cat([codes.view(torch.uint8), scales.view(torch.uint8)], dim=1, out=target)
+    return result
+
+
+def int8_rows(source: Tensor, importance: Tensor | None = None) -> Tensor:
+    """8 bits, rounded to the nearest."""
+    return ops.quantize_groups(source, 8)
+
+
+def int4_rows(source: Tensor, importance: Tensor | None = None) -> Tensor:
+    """4 bits; see ``ops.quantize_groups``."""
+    return ops.quantize_groups(source, 4, importance)
 
 
 def read_imatrix(file: str) -> dict[str, Tensor]:
@@ -153,12 +118,8 @@ def importance_of(squares: Tensor) -> Tensor:
     return relative.nan_to_num(1, 1, 1).clamp_min(LEAST_IMPORTANCE)
 
 
-def _divisors(scales: Tensor) -> Tensor:
-    return torch.where(scales > 0, scales.float(), 1)[..., None]
-
-
-INT8 = Scheme(Encoding("int8", GROUP, torch.float16), 2, nearest_int8)
-INT4 = Scheme(Encoding("int4", GROUP, torch.float16, "minimums"), 4, best_int4)
+INT8 = Scheme(Encoding("int8", GROUP, torch.float16), 2, int8_rows)
+INT4 = Scheme(Encoding("int4", GROUP, torch.float16, "minimums"), 4, int4_rows)
 
 FP8_ROWS = Scheme(Encoding("fp8_e4m3", 0, torch.float32), 4, nearest_fp8, is_float=True)
 
@@ -268,7 +229,7 @@ class QuantizingParameter(WeightParameter):
             if begin < stop:
                 importance = None if self.importance is None else self.importance.narrow(0, columns.start, columns.size)
                 numbers = source[begin - rows.offset : stop - rows.offset]
-                quantize(numbers, result[begin - first : stop - first], self.scheme, importance)
+                result[begin - first : stop - first] = self.scheme.quantize(numbers, importance)
         return result.to(self.device)
 
     def _as_filled(self, first: int, end: int) -> Tensor:
@@ -285,25 +246,6 @@ class QuantizingParameter(WeightParameter):
         self.data[:, end:].view(torch.float16).fill_(-0.05 * 8 / 127)
 
 
-def quantize(source: Tensor, target: Tensor, scheme: Scheme, importance: Tensor | None = None) -> None:
-    """Quantises rows.
-
-    Args:
-        source: [rows, columns] of any floating-point type.
-        target: uint8 [rows, bytes of a row].
-        scheme: How they are written.
-        importance: [columns], positive: what an error of a column counts.
-    """
-    columns = source.shape[1]
-    weights = None if importance is None else importance.unflatten(0, (-1, GROUP))
-    step = max(1, NUMBERS // columns)
-    for first in range(0, len(source), step):
-        groups = source[first : first + step].float().unflatten(1, (-1, scheme.group_size(columns)))
-        codes, *fields = scheme.quantize(groups, weights)
-        parts = [codes.flatten(1), *(field.contiguous().view(torch.uint8) for field in fields)]
-        torch.cat(parts, dim=1, out=target[first : first + step])
-
-
 class QuantizingTable(QuantizingParameter):
     """Packed piece by piece as it is loaded; its own memory is never touched."""
 
@@ -314,14 +256,10 @@ class QuantizingTable(QuantizingParameter):
     def load(self, tensor: Tensor, shard_id: ShardId = None) -> None:
         (rows,) = (source for source, _ in self.shares(tensor, shard_id))
         size = -(-len(rows) // (PIECES * UNIT)) * UNIT
-        buffer = torch.empty((min(size, len(rows)), self.shape[1]), dtype=torch.uint8)
-        self.pieces = []
-        for piece in rows.split(size):
-            quantize(piece, buffer[: len(piece)], self.scheme)
-            # The reference keeps what it is given.
-            self.pieces.append(
-                ops.pack_segment(buffer[: len(piece)].clone(), self.scheme.of(self.columns), self.columns)
-            )
+        encoding = self.scheme.of(self.columns)
+        self.pieces = [
+            ops.pack_segment(self.scheme.quantize(piece, None), encoding, self.columns) for piece in rows.split(size)
+        ]
 
     def fill_randomly(self, generator: torch.Generator) -> None:
         super().fill_randomly(generator)

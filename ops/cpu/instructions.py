@@ -20,7 +20,7 @@ from ops.cpu import library as lib
 from ops.cpu.library import ACTIVATIONS, ROWS, TYPES, Heads, Matrix, RmsNorm, Weight
 from ops.cpu.ranks import SharedRank
 from ops.dispatch import Ref
-from ops.metadata import AttentionShape, KVLayout, Routing, stored_size
+from ops.metadata import AttentionShape, KVLayout, Routing, cache_name, stored_size, unsupported_cache
 from ops.packed import Encoding, ExpertWeights, GatedActivation, PackedWeight, QuantizedWeight, SwiGLUOAI
 from ops.packed import Weight as AnyWeight
 
@@ -496,9 +496,7 @@ def latent_shapes(
         ValueError: The kernels have no cache of this dtype, or none with such blocks.
     """
     if dtype in lib.CACHES:
-        raise ValueError(
-            f"--kv-cache-dtype: latents have no cache in {str(dtype).removeprefix('torch.')} yet; use auto"
-        )
+        raise ValueError(f"--kv-cache-dtype: latents have no cache in {cache_name(dtype)} yet; use auto")
     keys, _ = kv_shapes(num_blocks, block_size, shape, dtype)
     return (keys,)
 
@@ -517,14 +515,20 @@ def unsupported_attention(shape: AttentionShape, dtype: torch.dtype) -> str | No
 def kv_shapes(
     num_blocks: int, block_size: int, shape: AttentionShape, dtype: torch.dtype
 ) -> tuple[tuple[int, ...], ...]:
-    """Shapes of K and V in a cache of this dtype, as the kernels lay them out; see ``csrc/kv_cache.h``."""
+    """Shapes of K and V in a cache of this dtype, as the kernels lay them out; see ``csrc/kv_cache.h``.
+
+    Raises:
+        ValueError: The kernels have no cache of this dtype for such heads, or none with such blocks.
+    """
+    refused = unsupported_cache(shape, dtype)
+    if refused:
+        raise ValueError(refused)
     if block_size % lib.TOKENS_MULTIPLE:
         raise ValueError(f"the block size must be a multiple of {lib.TOKENS_MULTIPLE}, not {block_size}")
     units = block_size // lib.TOKENS_MULTIPLE
-    padded = (-(-dim // lib.HEAD_MULTIPLE) * lib.HEAD_MULTIPLE for dim in (shape.head_dim, shape.v_dim))
-    return tuple(
-        (num_blocks, shape.num_kv_heads, units, lib.TOKENS_MULTIPLE * stored_size(dim, dtype)) for dim in padded
-    )
+    key_dim, value_dim = (-(-dim // lib.HEAD_MULTIPLE) * lib.HEAD_MULTIPLE for dim in (shape.head_dim, shape.v_dim))
+    sizes = stored_size(key_dim, dtype), stored_size(value_dim, dtype, is_value=True)
+    return tuple((num_blocks, shape.num_kv_heads, units, lib.TOKENS_MULTIPLE * size) for size in sizes)
 
 
 def short_conv(

@@ -16,6 +16,7 @@ from ops.cpu.ranks import PeerLostError
 from ops.dispatch import Op
 from ops.metadata import AdapterRows, AttentionMetadata
 from ops.packed import Encoding, PackedWeight, RowSource, Segment
+from ops.reference import quantize
 
 _SERIAL_WORK = 1 << 15
 """Operations below which waking a second thread costs more than it saves."""
@@ -151,6 +152,25 @@ def _pack_bands(kernels: Library, rows: RowSource, encoding: Encoding, columns: 
         kernels.pack_quantized(address, band.data_ptr(), band.stride(0), place, len(band), columns, paired)
         place += kernels.quantized_size(address, len(band), columns, paired)
     return Segment(data, count, encoding)
+
+
+def quantize_groups(kernels: Library, source: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
+    """The op ``quantize_groups``."""
+    if source.dtype not in TYPES or source.stride(1) != 1:
+        source = source.float().contiguous()
+    rows, columns = source.shape
+    weights = None
+    if importance is not None:
+        groups = importance.unflatten(0, (-1, quantize.GROUP))
+        weights = (groups / quantize.tree_sum(groups)).contiguous()
+    num_fields = 1 if bits == 8 else 2
+    out = torch.empty((rows, columns + columns // quantize.GROUP * num_fields * 2), dtype=torch.uint8)
+    address = None if weights is None else weights.data_ptr()
+    kernels.quantize_groups(
+        source.data_ptr(), source.stride(0), TYPES[source.dtype], address, out.data_ptr(), out.stride(0), rows, columns,
+        bits,
+    )  # fmt: skip
+    return out
 
 
 def unpack_linear(kernels: Library, weight: Tensor | PackedWeight) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from ops.cpu import build
+from ops.metadata import INT4_CACHE
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +57,8 @@ ROW_SCALES = {"none": 0, "factor": 1, "divisor": 2}
 """``OctavoRowScale``."""
 ROUNDINGS = {"float": 0, "int8": 1, "int8_per_token": 2}
 """``OctavoRounding``."""
-CACHES = {torch.int8: 1, torch.float8_e4m3fn: 2, torch.float8_e5m2: 3}
-"""``OctavoCache``: caches in 8 bits."""
+CACHES = {torch.int8: 1, torch.float8_e4m3fn: 2, torch.float8_e5m2: 3, INT4_CACHE: 4}
+"""``OctavoCache``: caches in codes."""
 PLAIN_CACHE = 0
 """One in the type of the activations."""
 NO_NORM, RMS_NORM, LAYER_NORM = range(3)
@@ -531,6 +532,11 @@ class Library:
         self.pack_quantized = dll.octavo_pack_quantized
         self.pack_quantized.argtypes = (c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_int32, c_int32)
         self.pack_quantized.restype = None
+        self.quantize_groups = dll.octavo_quantize_groups
+        self.quantize_groups.argtypes = (
+            c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_int32
+        )  # fmt: skip
+        self.quantize_groups.restype = None
         self.profile = dll.octavo_profile
         self.profile.argtypes = (c_void_p, c_int32)
         self.profile.restype = None

@@ -12,7 +12,8 @@ import sys
 import tempfile
 import threading
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -79,6 +80,19 @@ class Pool:
         """Begins another mapping, so that what is handed out from now on can be released together."""
         with self._lock:
             self._chunk, self._used = self._chunk[:0], 0
+
+    @contextmanager
+    def lending(self, chunk: Tensor) -> Iterator[None]:
+        """Until the end, hands out pieces of ``chunk``, uint8 of one dimension, from its beginning on; others once it
+        is used up."""
+        with self._lock:
+            kept = self._chunk, self._used
+            self._chunk, self._used = chunk, 0
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._chunk, self._used = kept
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A one-dimensional tensor with undefined content.

@@ -51,6 +51,7 @@ class CpuOps(OpSet):
         implementations[ops.pack_linear.name] = partial(kernels.pack_linear, library)
         implementations[ops.unpack_linear.name] = partial(kernels.unpack_linear, library)
         implementations[ops.pack_segment.name] = partial(kernels.pack_segment, library)
+        implementations[ops.quantize_groups.name] = partial(kernels.quantize_groups, library)
         super().__init__("cpu", implementations)
         self.library = library
         self.capability = library.capability

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ops.dispatch import Spec, StepInput, op
-from ops.metadata import AttentionMetadata, AttentionShape, KVLayout
+from ops.metadata import INT4_CACHE, AttentionMetadata, AttentionShape, KVLayout
 from ops.reference.kv_codes import decode_heads, encode_heads
 
 
@@ -35,7 +35,7 @@ def paged_attention(
         k: [num_tokens, num_kv_heads * head_dim], likewise. None: an earlier layer has written K and V of this step.
         v: [num_tokens, num_kv_heads * v_head_dim]; None: likewise.
         kv_cache: K and V, written in place: [num_blocks, block_size, num_kv_heads, head_dim] in the plain layout. The
-            last dimension has ``stored_size(head_dim)`` elements if the dtype is one of ``KV_CODES``.
+            last dimension has ``stored_size(head_dim)`` elements if the dtype is ``INT4_CACHE`` or one of ``KV_CODES``.
         meta: The step's requests.
         shape: The layer's constants.
         layout: Layout of the cache. The reference reads only the plain one.
@@ -65,7 +65,8 @@ def paged_attention(
             whole = first // shape.sliding_window * shape.sliding_window
             unseen = whole if shape.is_chunked else max(0, first + 1 - shape.sliding_window)
         (keys, key_scales), (values, value_scales) = (
-            decode_heads(tokens_of(cache, blocks, seq_len, unseen)) for cache in kv_cache
+            decode_heads(tokens_of(cache, blocks, seq_len, unseen), dim)
+            for cache, dim in zip(plain_caches(kv_cache), (shape.head_dim, shape.v_dim), strict=True)
         )
         out[start:end] = attend(queries[start:end], keys, values, shape, sinks, key_scales, value_scales, biases)
     return out.flatten(1)
@@ -88,8 +89,14 @@ def write_kv(
 
     The first token of a block zeroes the rest of it, so that nothing of an earlier owner remains.
     """
-    for cache, x, scale in ((kv_cache[0], k, shape.k_scale), (kv_cache[1], v, shape.v_scale)):
+    for cache, x, scale in zip(plain_caches(kv_cache), (k, v), (shape.k_scale, shape.v_scale), strict=True):
         write_cache(x if scale == 1 else x.float() / scale, cache, meta, shape.num_kv_heads)
+
+
+def plain_caches(kv_cache: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """K and V, each in the dtype of what it stores."""
+    keys, values = kv_cache
+    return (keys.view(torch.int8) if keys.dtype == INT4_CACHE else keys), values
 
 
 def write_cache(x: Tensor, cache: Tensor, meta: AttentionMetadata, num_heads: int) -> None:

@@ -93,7 +93,7 @@ def latent_attention(
     for row, seq_len in enumerate(meta.seq_lens.tolist()):
         start, end = starts[row], starts[row + 1]
         blocks = meta.block_table[row, : -(-seq_len // meta.block_size)].long()
-        keys, scales = decode_heads(tokens_of(cache, blocks, seq_len, 0))
+        keys, scales = decode_heads(tokens_of(cache, blocks, seq_len, 0), shape.head_dim)
         values = keys[..., :rank]
         out[start:end] = attend(queries[start:end], keys, values, shape, None, scales, scales)
     return out.flatten(1)

@@ -255,6 +255,23 @@ def test_caches_in_8_bits(name: str, cache: str) -> None:
     assert_independent_of_batch(load(folder, dtype="bfloat16", kv_cache_dtype=cache))
 
 
+@NEEDS_KERNELS
+def test_v_in_4_bits() -> None:
+    folder, token_ids = tiny.checkpoint("gemma2", head_dim=128), random_tokens(100)
+    plain, coded = load(folder), load(folder, kv_cache_dtype="int4")
+    specs = [[group.spec for group in Runner(each).groups] for each in (plain, coded)]
+    assert all(spec.dtype == "int4" for spec in specs[1])
+    for whole, part in zip(*specs, strict=True):
+        assert part.bytes_per_block * 4 * 256 == whole.bytes_per_block * (130 + 80)
+    expected, logits = logits_of(plain, token_ids), logits_of(coded, token_ids)
+    assert 0 < (logits - expected).std() < 0.2 * expected.std()
+    assert_independent_of_batch(load(folder, dtype="bfloat16", kv_cache_dtype="int4"))
+    message = refusal(tiny.checkpoint("llama"), kv_cache_dtype="int4")
+    assert "--kv-cache-dtype int4: heads of 16 numbers lose too much in 4 bits" in message and "use int8" in message
+    message = refusal(tiny.checkpoint("deepseek_v3"), kv_cache_dtype="int4")
+    assert "--kv-cache-dtype: latents have no cache in int4 yet; use auto" in message
+
+
 def test_a_cache_in_another_type_of_16_bits_is_refused() -> None:
     folder = tiny.checkpoint("llama")
     assert load(folder, dtype="bfloat16", kv_cache_dtype="bfloat16").model.attention_layers()[0].kv_dtype == (

@@ -19,7 +19,7 @@ from executor.base import ModelError
 from executor.imatrix import load as load_plain
 from executor.imatrix import measure
 from executor.parallel import ParallelState
-from executor.quantization.at_load import QuantizingWeights, best_int4
+from executor.quantization.at_load import QuantizingWeights
 from executor.quantization.packed import PackedWeights
 from executor.quantization.unquantized import PlainLinear
 from executor.supported import check_supported
@@ -157,6 +157,15 @@ def test_int8(tmp_path: Path, tied: bool, dtype: str) -> None:
     assert loaded.weight_bytes < 0.56 * load(folder, dtype="bfloat16").weight_bytes
     rounded = load(folder, quantization="int8", dtype="bfloat16", quantized_activations="int8")
     assert (logits_of(rounded, tokens, captured=True) - expected).std() < 0.1 * expected.std()
+
+
+def best_int4(groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and minimums of [rows, groups, 32]."""
+    count, columns = groups.shape[1], groups.shape[1] * 32
+    weights = None if importance is None else importance.flatten()
+    rows = ops.quantize_groups(groups.flatten(1), 4, weights)
+    scales, minimums = rows[:, columns:].contiguous().view(torch.float16).split(count, dim=1)
+    return rows[:, :columns].unflatten(1, (count, 32)), scales, minimums
 
 
 def error_of(codes: Tensor, scales: Tensor, minimums: Tensor, groups: Tensor) -> float:

@@ -105,7 +105,7 @@ class Requests:
         heads = shape.num_kv_heads
         shapes: tuple[tuple[int, ...], ...] = (
             (len(order), block_size, heads, ops.stored_size(shape.head_dim, cache_dtype)),
-            (len(order), block_size, heads, ops.stored_size(shape.v_dim, cache_dtype)),
+            (len(order), block_size, heads, ops.stored_size(shape.v_dim, cache_dtype, is_value=True)),
         )
         self.layout: ops.KVLayout = "plain" if plain else "tiled"
         if not plain:

@@ -267,6 +267,34 @@ def test_attention(capability: str, name: str, dtype: torch.dtype, cache_dtype: 
                 torch.testing.assert_close(result, expected[row], rtol=tolerance / 4, atol=tolerance)
 
 
+BY_GROUPS = {
+    "groups of 3": AttentionShape(9, 3, 128, scale=0.125),
+    "groups of 8": AttentionShape(8, 1, 128, scale=0.1, sliding_window=70, has_sinks=True),
+    "head of 256": AttentionShape(2, 1, 256, scale=1 / 16, logit_softcap=5.0),
+    "v larger": AttentionShape(2, 2, 130, scale=0.1, v_head_dim=200),
+    "chunks": AttentionShape(4, 2, 160, scale=0.1, v_head_dim=128, sliding_window=48, is_chunked=True),
+}
+
+
+@pytest.mark.parametrize(("name", "dtype"), list(zip(BY_GROUPS, [*DTYPES, *DTYPES[:2]], strict=True)))
+def test_attention_with_v_in_4_bits(capability: str, name: str, dtype: torch.dtype) -> None:
+    lengths = [1, 33, 280]
+    with use(capability), threads(2):
+        ours, plain = (
+            Requests(BY_GROUPS[name], lengths, dtype, plain=plain, cache_dtype=ops.INT4_CACHE)
+            for plain in (False, True)
+        )
+        alone = Requests(BY_GROUPS[name], lengths, dtype, cache_dtype=ops.INT4_CACHE)
+        for counts in [{0: 1, 2: 257}, {1: 20, 2: 22}, {1: 13, 2: 1}]:
+            results, expected = ours.step(counts), plain.step(counts)
+            for row, result in results.items():
+                tolerance = {torch.bfloat16: 0.03, torch.float16: 4e-3, torch.float32: 1e-3}[dtype]
+                torch.testing.assert_close(result, expected[row], rtol=tolerance / 4, atol=tolerance)
+                for begin in range(0, counts[row], 60):
+                    count = min(60, counts[row] - begin)
+                    assert torch.equal(alone.step({row: count})[row], result[begin : begin + count])
+
+
 @pytest.mark.parametrize("cache_dtype", ops.KV_CODES, ids=str)
 def test_what_a_cache_in_8_bits_stores(capability: str, cache_dtype: torch.dtype) -> None:
     """Numbers of all sizes: the bytes of the reference, in the layout of the kernels."""

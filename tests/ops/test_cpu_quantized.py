@@ -258,3 +258,15 @@ def test_activations_that_are_not_finite_stay_in_their_row(capability: str) -> N
         assert result[[3, 7]].isnan().all() and not result[9].any()
         others = [row for row in range(13) if row not in (3, 7, 9)]
         assert same_bits(result[others], expected[others])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_all_cpus_quantise_alike(capability: str, dtype: torch.dtype) -> None:
+    source = (randn(70, 160) * torch.logspace(-6, 3, 70)[:, None]).to(dtype)[:, :128]
+    source[3, :32], source[4, 32:64], source[5] = 0, 0.01, torch.tensor([-3.0, 1.0] * 64, dtype=dtype)
+    source[6, 7] = 1000
+    importance = randn(128, seed=1).abs() + 1e-4
+    with use(capability):
+        for bits, weights in ((8, None), (4, None), (4, importance)):
+            expected = ops.quantize_groups.reference(source, bits, weights)
+            assert torch.equal(ops.quantize_groups(source, bits, weights), expected)

@@ -272,29 +272,52 @@ def test_heads_in_8_bits(dtype: torch.dtype) -> None:
     x = randn(50, 3, 24) * torch.logspace(-3, 1, 50).view(50, 1, 1)
     stored = encode_heads(x, dtype)
     assert stored.dtype == dtype and stored.shape == (50, 3, ops.stored_size(24, dtype))
-    numbers, scales = decode_heads(stored)
+    numbers, scales = decode_heads(stored, 24)
     if scales is None:
         error, bits = (numbers - x).abs(), {torch.float8_e4m3fn: 4, torch.float8_e5m2: 3}[dtype]
         smallest = {torch.float8_e4m3fn: 2.0**-9, torch.float8_e5m2: 2.0**-16}[dtype]
         assert (error <= x.abs() * 2.0**-bits + smallest / 2).all()
-        assert decode_heads(encode_heads(1e9 * torch.ones(1), dtype))[0] == ops.KV_CODES[dtype]
+        assert decode_heads(encode_heads(1e9 * torch.ones(1), dtype), 1)[0] == ops.KV_CODES[dtype]
     else:
         assert (numbers.abs().amax(dim=-1) == 127).all(), "the whole range is used, whatever the rounding of the scale"
         assert ((numbers * scales.unsqueeze(-1) - x).abs() <= 0.505 * scales.unsqueeze(-1)).all()
-    assert (decode_heads(encode_heads(torch.zeros(2, 5), dtype))[0] == 0).all()
+    assert (decode_heads(encode_heads(torch.zeros(2, 5), dtype), 5)[0] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", ops.KV_CODES, ids=str)
+def test_heads_of_v_in_4_bits() -> None:
+    x = randn(50, 3, 136) * torch.logspace(-3, 1, 50).view(50, 1, 1)
+    x[0, 0], x[1, 0], x[2, 0, :32] = 1.001, 0, x[2, 0, :32] + 100  # a minimum rounded up, nothing, a narrow range
+    stored = encode_heads(x, ops.INT4_CACHE)
+    assert stored.shape == (50, 3, ops.stored_size(136, ops.INT4_CACHE, is_value=True))
+    assert stored.shape[-1] == 5 * 20
+    numbers, scales = decode_heads(stored, 136)
+    assert scales is None
+    groups = x[..., :128].unflatten(-1, (4, 32))
+    step, least = (groups.amax(-1) - groups.amin(-1)) / 15, groups.amin(-1).abs()
+    error = (numbers[..., :128] - x[..., :128]).unflatten(-1, (4, 32)).abs().amax(-1)
+    assert (error <= 0.51 * step + 2.0**-8 * (15 * step + least)).all()
+    assert (numbers[1, 0] == 0).all() and (numbers[0, 0] - 1.001).abs().max() < 1e-4
+    x[3, 1, 2] = float("inf")
+    numbers, _ = decode_heads(encode_heads(x, ops.INT4_CACHE), 136)
+    assert numbers[3, 1, :32].isnan().all() and not numbers[3, 1, 32:].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [*ops.KV_CODES, ops.INT4_CACHE], ids=str)
 def test_attention_with_a_cache_in_8_bits_is_that_of_the_decoded_numbers(dtype: torch.dtype) -> None:
     shape = AttentionShape(4, 2, 16, scale=0.25, v_head_dim=24, sliding_window=9, logit_softcap=5.0)
     q, k, v, cache, meta, _, _ = step(shape, [12, 25], [12, 25], 8)
 
-    def decoded(x: Tensor) -> Tensor:
-        numbers, scales = decode_heads(encode_heads(x.unflatten(1, (2, -1)), dtype))
+    def decoded(x: Tensor, dtype: torch.dtype) -> Tensor:
+        heads = x.unflatten(1, (2, -1))
+        numbers, scales = decode_heads(encode_heads(heads, dtype), heads.shape[-1])
         return (numbers if scales is None else numbers * scales.unsqueeze(-1)).flatten(1)
 
-    expected = ops.paged_attention(q, decoded(k), decoded(v), cache, meta, shape)
-    sizes = [(*tensor.shape[:3], ops.stored_size(tensor.shape[3], dtype)) for tensor in cache]
+    keys_dtype = torch.int8 if dtype == ops.INT4_CACHE else dtype
+    expected = ops.paged_attention(q, decoded(k, keys_dtype), decoded(v, dtype), cache, meta, shape)
+    sizes = [
+        (*tensor.shape[:3], ops.stored_size(tensor.shape[3], dtype, is_value=is_value))
+        for tensor, is_value in zip(cache, (False, True), strict=True)
+    ]
     keys, values = (torch.full(size, 0xFF, dtype=torch.uint8).view(dtype) for size in sizes)
     result = ops.paged_attention(q, k, v, (keys, values), meta, shape)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)

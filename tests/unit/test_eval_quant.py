@@ -96,6 +96,12 @@ def test_rows() -> None:
     assert row_options("int4@int8") == {"quantization": "int4", "quantized_activations": "int8"}
     assert row_options("auto@float") == {"quantized_activations": "float"}
     assert row_options("x/y-Q4_0.gguf") == {"model": "x/y-Q4_0.gguf"}
+    assert row_options("int8@float+int4") == {
+        "quantization": "int8",
+        "quantized_activations": "float",
+        "kv_cache_dtype": "int4",
+    }
+    assert row_options("x/c+d.gguf") == {"model": "x/c+d.gguf"}
     with pytest.raises(ConfigError, match="--formats: a name is empty"):
         row_options("")
 

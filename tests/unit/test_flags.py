@@ -113,7 +113,6 @@ def test_help_has_groups_and_hides_what_does_not_work() -> None:
         (["-pp=2", "--distributed-executor-backend=inline"], "--pipeline-parallel-size 2: each rank is a process"),
         (["--speculative-config", '{"method": "eagle"}'], "method 'eagle': heads of EAGLE 1 and 2 are not supported"),
         (["--speculative-model", "m/draft"], "--speculative-model m/draft: use --speculative-config, such as"),
-        (["--kv-cache-dtype", "int4"], "--kv-cache-dtype int4: not supported, 4 bits cost models with heads of 64"),
         (["--kv-cache-dtype", "fp6"], "--kv-cache-dtype fp6: unknown data type; choose from auto, int8, fp8, fp8_e4m3"),
         (["--calculate-kv-scales"], "--calculate-kv-scales: int8 has a scale per token and head, fp8 none"),
         (["--api-server-count", "2"], "--api-server-count 2"),
@@ -171,7 +170,6 @@ def test_keyword_arguments_of_vllm() -> None:
     for options_ in (
         {"enable_prompt_adapter": True},
         {"speculative_config": {"method": "medusa"}},
-        {"kv_cache_dtype": "int4"},
     ):
         with pytest.raises(ConfigError, match="not supported yet|use int8|prompt adapters"):
             make_config(options_)

@@ -11,6 +11,7 @@
 #include "kernels.h"
 #include "kv_cache.h"
 #include "kv_codes.h"
+#include "kv_int4.h"
 #include "kv_int8.h"
 #include "latent_cache.h"
 #include "vec_math.h"
@@ -304,7 +305,8 @@ public:
             for (int j = 0; j < key_blocks_; ++j) *blocks++ = key + j * kBlockElements;
             if constexpr (!kIsLatent) {
                 const Stored* value = cache_.values_of(block, tile.kv_head, token % cache_.block_size);
-                for (int j = 0; j < value_blocks_; ++j) values[j * extent.units + i] = value + j * kBlockElements;
+                for (int j = 0; j < value_blocks_; ++j)
+                    values[j * extent.units + i] = value + j * Cache::kValueElements;
             }
         }
     }
@@ -332,6 +334,8 @@ public:
         for (int column = 0; column < cache_.v_head_dim; column += kColumns, blocks += extent.units) {
             if constexpr (kIsLatent)
                 cache_.multiply_values(weights_, column, sums_);
+            else if constexpr (Cache::kHasGroups)
+                cache_.multiply_values(scores_, tile.rows, extent.units, column, blocks, weights_, sums_);
             else
                 cache_.multiply(weights_, blocks, sums_);
             for (int r = 0; r < tile.rows; ++r)
@@ -430,7 +434,10 @@ private:
             Vec second = exp2_below<kIsBFloat16<T>>(fma(load(x + kLanes), factor, shift));
             total = total + first;
             others = others + second;
-            if constexpr (Cache::kIsInteger) {  // and then to integers
+            if constexpr (Cache::kHasGroups) {  // which have scales of their own
+                store(x, first);
+                store(x + kLanes, second);
+            } else if constexpr (Cache::kIsInteger) {  // and then to integers
                 store(x, first * load(cache_.value_scales() + i * kUnit));
                 store(x + kLanes, second * load(cache_.value_scales() + i * kUnit + kLanes));
             } else {
@@ -438,7 +445,7 @@ private:
                 store(weights_.at(row, i) + kLanes, second);
             }
         }
-        if constexpr (Cache::kIsInteger) weights_.set(row, scores, stride);
+        if constexpr (Cache::kIsInteger && !Cache::kHasGroups) weights_.set(row, scores, stride);
         result.largest[row] = peak;
         result.total[row] = sum(total + others);
     }
@@ -605,6 +612,8 @@ void run_attention(const OctavoAttention& op, const OctavoStep& step, const Team
             attention<KVCache<T>>(op, step, team);
         else if (op.cache == kInt8Cache)
             attention<Int8Cache<T>>(op, step, team);
+        else if (op.cache == kInt4Cache)
+            attention<Int4Cache<T>>(op, step, team);
         else
             attention<CodedCache<T>>(op, step, team);
     });

@@ -12,19 +12,19 @@ constexpr uintptr_t kAheadBytes = 6144;  // how far ahead weights are prefetched
 constexpr int kRowsReadByHardware = 2, kRowsOfBytesReadByHardware = 4;
 constexpr int kVectorsOfHalf = kLanes / kIntColumns;
 
-// From this many rows on, products are the limit, not memory: sums stay in registers for several blocks of k, if there
-// are enough registers. Up to so many rows, two vectors of columns share the loads of activations.
+// From this many rows on, products are the limit, not memory: sums stay in registers for several blocks of k. Up to so
+// many rows, two vectors of columns share the loads of activations.
 #if defined(__AVX512F__)
 constexpr int kRowsKeepingSums = 5;
 #else
-constexpr int kRowsKeepingSums = kInt8Rows + 1;
+constexpr int kRowsKeepingSums = 2;
 #endif
 #if defined(__AVX512F__) && defined(OCTAVO_DOT_INT8)
 constexpr int kRowsSharingLoads = 6;
 #else
 constexpr int kRowsSharingLoads = 0;
 #endif
-constexpr int kBlocksPerPass = 4;
+constexpr int kBlocksPerPass = 8;
 
 // Of k-quants, up to so many rows' sums of all columns stay in registers; from so many on, two vectors share loads.
 constexpr int kRowsOfSupersSharingLoads = 3;
@@ -43,14 +43,18 @@ template <class Code>
 constexpr bool kMultipliesInPlace = false;
 #endif
 
-// Packed blocks, decoded as they are read. Each cache line that is read prefetches one further on. `kInPlace_`: see
-// `Products`.
+// Packed blocks, decoded as they are read. Each cache line that is read prefetches one further on; or each block, some
+// lines of one that lies `distance` bytes after it, and other tiles of rows the others. `kInPlace_`: see `Products`.
 template <class F, bool kInPlace_ = false>
 struct PackedBlocks {
     using Form = F;
     static constexpr bool kInPlace = kInPlace_;
     Cursor at;
-    uintptr_t ahead;  // bytes; 0: what is prefetched is there already
+    uintptr_t ahead;       // bytes; 0: what is prefetched is there already
+    uintptr_t distance;    // bytes
+    int first_line, step;  // bytes; nothing is prefetched from `first_line` = kNoLine on
+
+    static constexpr int kNoLine = 1 << 30;
 
     void prefetch_header() const {
         for (int line = 0; line < at.layout->header_bytes; line += kCacheLineBytes)
@@ -62,6 +66,9 @@ struct PackedBlocks {
     const BlockScales& scales(BlockScales& buffer) const {
         if (at.index == 0) prefetch_header();
         prefetch_front();
+        const uint8_t* begin = at.index == 0 ? at.header : at.codes;
+        const int bytes = static_cast<int>(at.codes - begin) + at.layout->block_bytes;
+        for (int line = first_line; line < bytes; line += step) prefetch(address_of(begin) + distance + line);
         Form::Scales::get(at.layout->encoding, at.rows, at.header, at.codes, at.index, buffer);
         return buffer;
     }
@@ -183,11 +190,14 @@ inline __attribute__((always_inline)) Floats add_scaled(const Totals (&totals)[F
     return sum;
 }
 
-// Some vectors of columns and some blocks of k: the sums stay in registers.
+// Some vectors of columns and some blocks of k: the sums stay in registers. `scales` of the blocks; null: they are read
+// meanwhile.
 template <class Blocks, int kRows, int kVectors>
 inline void multiply_vectors(Blocks weight, int blocks, const BlockScales* const* scales, int vector,
                              const Int8Block* x, float* sums) {
     using Form = typename Blocks::Form;
+    constexpr bool kIsWhole = kVectors == 2 * kVectorsOfHalf;
+    BlockScales buffer;
     sums += vector * kIntColumns;
     Floats kept[kVectors][kRows];
 #pragma GCC unroll 2
@@ -195,14 +205,15 @@ inline void multiply_vectors(Blocks weight, int blocks, const BlockScales* const
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) kept[v][r] = load_floats(sums + r * kColumns + v * kIntColumns);
     for (int k = 0; k < blocks; ++k, x += kRows, weight.next()) {
+        const BlockScales& own = kIsWhole ? weight.scales(buffer) : *scales[k];
         Products<Form::kBits, Form::kGroups, kRows, Blocks::kInPlace> products[kVectors];
         multiply_block<Blocks, kRows, kVectors>(weight, vector, x, products);
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) {
             Floats scale[Form::kGroups], minimum[Form::kGroups];
             for (int g = 0; g < Form::kGroups; ++g) {
-                scale[g] = load_floats(scales[k]->scale[g] + (vector + v) * kIntColumns);
-                minimum[g] = load_floats(scales[k]->minimum[g] + (vector + v) * kIntColumns);
+                scale[g] = load_floats(own.scale[g] + (vector + v) * kIntColumns);
+                minimum[g] = load_floats(own.minimum[g] + (vector + v) * kIntColumns);
             }
 #pragma GCC unroll 16
             for (int r = 0; r < kRows; ++r) {
@@ -224,6 +235,8 @@ template <class Blocks, int kRows>
 void multiply_rows(Blocks weight, int blocks, const Int8Block* x, float* sums) {
     constexpr int kMost = kRows >= kRowsKeepingSums ? kBlocksPerPass : 1;
     constexpr int kVectors = kRows >= kRowsKeepingSums && kRows * Blocks::Form::kGroups <= kRowsSharingLoads ? 2 : 1;
+    if constexpr (kVectors == 2 * kVectorsOfHalf)
+        return multiply_vectors<Blocks, kRows, kVectors>(weight, blocks, nullptr, 0, x, sums);
     BlockScales buffers[kMost];
     const BlockScales* scales[kMost];
     for (int begin = 0; begin < blocks; begin += kMost, x += kMost * kRows) {
@@ -318,29 +331,21 @@ void quantize_row(const T* x, int columns, Int8Block* out, int64_t stride) {
     constexpr float kSmallest = 0x1p-100f;  // the reciprocals of smaller ones would not be finite
     constexpr float kRounder = 0x1.8p23f;   // what is added to it is rounded to an integer, in the low bits
     constexpr float kMost = 127.0f;
-    alignas(64) float numbers[kBlock];
     for (int begin = 0; begin < columns; begin += kBlock, out += stride) {
-        for (int i = 0; i < kBlock; i += kLanes) {
-            const int count = columns - begin - i;
-            store(numbers + i, count > 0 ? load_first(x + begin + i, count) : zero());
+        Vec numbers[2];
+        for (int half = 0; half < 2; ++half) {
+            const int first = begin + half * kLanes, count = columns - first;
+            numbers[half] = count >= kLanes ? load(x + first) : count > 0 ? load_first(x + first, count) : zero();
         }
-        int32_t largest_bits = 0;  // as integers, since comparisons with NaN differ among CPUs
-        for (int i = 0; i < kBlock; ++i) {
-            const int32_t bits = static_cast<int32_t>(bits_of(numbers[i]) & 0x7fffffff);
-            largest_bits = bits > largest_bits ? bits : largest_bits;
-        }
+        // As integers, since comparisons with NaN differ among CPUs.
+        const int32_t largest_bits = largest_magnitude(numbers[0], numbers[1]);
         const float largest = float_of(static_cast<uint32_t>(largest_bits));
         const bool is_finite = largest_bits < 0x7f800000, is_zero = largest < kSmallest;
         const float inverse = is_finite && !is_zero ? kMost / largest : 0.0f;
         out->scale = !is_finite ? std::numeric_limits<float>::quiet_NaN() : is_zero ? 0.0f : largest / kMost;
-        int32_t sums[2] = {0, 0};
-        for (int half = 0; half < 2; ++half) {
-            for (int i = half * kBlock / 2; i < (half + 1) * kBlock / 2; ++i) {
-                const int8_t code = static_cast<int8_t>(bits_of(numbers[i] * inverse + kRounder));
-                out->codes[i] = code;
-                sums[half] += code;
-            }
-        }
+        int32_t sums[2];
+        for (int half = 0; half < 2; ++half)
+            sums[half] = store_low_bytes(out->codes + half * kLanes, numbers[half] * splat(inverse) + splat(kRounder));
         out->scaled_sum = static_cast<float>(sums[0] + sums[1]) * out->scale;
         out->minus_sum = -(sums[0] + sums[1]) * kLargestOffset;
         out->minus_first = -sums[0] * kLargestOffset;
@@ -351,21 +356,26 @@ template void quantize_row(const BFloat16*, int, Int8Block*, int64_t);
 template void quantize_row(const Float16*, int, Int8Block*, int64_t);
 template void quantize_row(const float*, int, Int8Block*, int64_t);
 
-void dot_int8(const QuantizedLayout& layout, const uint8_t* weight, int rows, const Int8Block* x, float* sums) {
+void dot_int8(const QuantizedLayout& layout, const uint8_t* weight, const Range& range, int rows, const Int8Block* x,
+              float* sums, const Turn& turn) {
     const bool are_bytes = layout.block_bytes == 2 * Bytes::kHalfBytes;
     const bool is_there = is_amd() && rows <= (are_bytes ? kRowsOfBytesReadByHardware : kRowsReadByHardware);
-    const uintptr_t ahead = is_there ? 0 : kAheadBytes;
+    const uintptr_t ahead = is_there || turn.count > 1 ? 0 : kAheadBytes;
+    const Cursor at = Cursor::at(layout, weight, range.begin), end = Cursor::at(layout, weight, range.end);
+    const uintptr_t distance = address_of(end.codes) - address_of(at.codes);
+    const int blocks = range.end - range.begin, step = turn.count * kCacheLineBytes;
     with_form(layout.encoding, [&](auto form) {
         using F = decltype(form);
-        const Cursor at = Cursor::at(layout, weight, 0);
-        const int blocks = layout.shape.column_blocks();
+        using Packed = PackedBlocks<F>;
+        const int first_line = turn.count > 1 ? turn.index * kCacheLineBytes : Packed::kNoLine;
         if constexpr (F::Scales::kHasFactors) {
             if (rows <= kRowsOfSupers)
-                return multiply_supers_of(PackedBlocks<F, kMultipliesInPlace<typename F::Code>>{at, ahead}, blocks,
-                                          rows, x, sums, std::make_integer_sequence<int, kRowsOfSupers>());
+                return multiply_supers_of(
+                    PackedBlocks<F, kMultipliesInPlace<typename F::Code>>{at, ahead, distance, first_line, step},
+                    blocks, rows, x, sums, std::make_integer_sequence<int, kRowsOfSupers>());
         }
         if constexpr (F::kIsInteger)
-            choose_rows(PackedBlocks<F>{at, ahead}, blocks, rows, x, sums,
+            choose_rows(Packed{at, ahead, distance, first_line, step}, blocks, rows, x, sums,
                         std::make_integer_sequence<int, kInt8Rows>());
     });
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "quantized.h"
+#include "team.h"
 
 namespace octavo {
 
@@ -34,9 +35,17 @@ constexpr int kInt8Rows = 2;
 // Blocks of k that are decoded into the L1 cache for all rows to pass by.
 constexpr int kInt8PanelBlocks = 8;
 
-// sums[r][0..31] += x[r] * the weight's 32 rows that begin at `weight`. x: [columns / 32][rows]. 1 <= rows <=
-// kInt8Rows.
-void dot_int8(const QuantizedLayout& layout, const uint8_t* weight, int rows, const Int8Block* x, float* sums);
+// Which of several tiles of rows is multiplied with the same part of the weight. Each prefetches its share of the next
+// part.
+struct Turn {
+    int index;
+    int count;
+};
+
+// sums[r][0..31] += x[r] * the weight's 32 rows that begin at `weight`, of which some blocks of columns are multiplied.
+// x: [blocks][rows]. 1 <= rows <= kInt8Rows.
+void dot_int8(const QuantizedLayout& layout, const uint8_t* weight, const Range& blocks, int rows, const Int8Block* x,
+              float* sums, const Turn& turn);
 
 // The same in parts, of `blocks` decoded blocks of a k-quant.
 void dot_decoded(const QuantizedLayout& layout, const DecodedBlock* panel, int blocks, int rows, const Int8Block* x,

@@ -62,14 +62,6 @@ inline __attribute__((always_inline)) Totals in_register(Totals a) {
     return a;
 }
 
-inline Totals load_totals(const int32_t* p) {
-    Totals result;
-    std::memcpy(&result, p, sizeof result);
-    return result;
-}
-
-inline void store_totals(int32_t* p, Totals a) { std::memcpy(p, &a, sizeof a); }
-
 inline Codes splat_part(const TokenCode* x) {
     int32_t four;
     std::memcpy(&four, x, sizeof four);

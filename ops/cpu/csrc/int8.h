@@ -214,6 +214,68 @@ inline Vec load_integers(const T* p) {
 
 #endif  // -------------------------------------------------------------------------------------------------------------
 
+inline Totals load_totals(const int32_t* p) {
+    Totals result;
+    std::memcpy(&result, p, sizeof result);
+    return result;
+}
+
+inline void store_totals(int32_t* p, Totals a) { std::memcpy(p, &a, sizeof a); }
+
+// The largest of the bits of the numbers without their signs.
+inline int32_t largest_magnitude(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    const __m512i mask = _mm512_set1_epi32(0x7fffffff);
+    const __m512i one = _mm512_and_si512(_mm512_castps_si512(a.v), mask);
+    return _mm512_reduce_max_epi32(_mm512_max_epi32(one, _mm512_and_si512(_mm512_castps_si512(b.v), mask)));
+#elif defined(__AVX2__)
+    __m256i most = _mm256_setzero_si256();
+    for (const __m256 part : {a.v[0], a.v[1], b.v[0], b.v[1]})
+        most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(part), _mm256_set1_epi32(0x7fffffff)));
+    __m128i rest = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    rest = _mm_max_epi32(rest, _mm_shuffle_epi32(rest, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(rest, _mm_shuffle_epi32(rest, 0xb1)));
+#else
+    float numbers[2 * kLanes];
+    store(numbers, a);
+    store(numbers + kLanes, b);
+    int32_t result = 0;
+    for (int i = 0; i < 2 * kLanes; ++i) {
+        const int32_t bits = static_cast<int32_t>(bits_of(numbers[i]) & 0x7fffffff);
+        result = bits > result ? bits : result;
+    }
+    return result;
+#endif
+}
+
+// Stores the low bytes of the bits of numbers; returns their sum.
+template <class Byte>
+inline int32_t store_low_bytes(Byte* p, Vec a) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_castps_si512(a.v));
+#else
+    const __m256i low = _mm256_set1_epi32(0xff);
+    const __m256i first = _mm256_and_si256(_mm256_castps_si256(a.v[0]), low);
+    const __m256i words = _mm256_packus_epi32(first, _mm256_and_si256(_mm256_castps_si256(a.v[1]), low));
+    const __m256i sorted = _mm256_permute4x64_epi64(words, 0xd8);
+    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(sorted), _mm256_extracti128_si256(sorted, 1));
+#endif
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+    const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8(-128)), _mm_setzero_si128());
+    return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - kLanes * 128;
+#else
+    float numbers[kLanes];
+    store(numbers, a);
+    int32_t sum = 0;
+    for (int i = 0; i < kLanes; ++i) {
+        p[i] = static_cast<Byte>(bits_of(numbers[i]));
+        sum += static_cast<int8_t>(p[i]);
+    }
+    return sum;
+#endif
+}
+
 // Selects kCount bits of each byte from kFrom on, and moves them to kTo.
 template <int kFrom, int kCount, int kTo>
 inline Codes bits_at(Codes a) {

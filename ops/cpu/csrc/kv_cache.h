@@ -65,6 +65,8 @@ public:
     using Rows = NumberRows<T>;
     using Stored = T;
     static constexpr bool kIsInteger = false;
+    static constexpr bool kHasGroups = false;              // of columns with scales of their own
+    static constexpr int kValueElements = kBlockElements;  // of a block of V
 
     KVCache(const OctavoAttention& op, int block_size, Scratch&)
         : num_kv_heads(op.num_kv_heads),

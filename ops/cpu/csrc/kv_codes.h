@@ -88,6 +88,8 @@ public:
     using Rows = NumberRows<Number>;
     using Stored = uint8_t;
     static constexpr bool kIsInteger = false;
+    static constexpr bool kHasGroups = false;
+    static constexpr int kValueElements = kBlockElements;  // of a block of V
 
     CodedCache(const OctavoAttention& op, int block_size, Scratch& scratch)
         : num_kv_heads(op.num_kv_heads),

@@ -38,8 +38,9 @@ public:
         blocks_ = blocks;
     }
 
-    // Rounds a row's numbers. Its blocks of 32 lie `stride` apart.
-    void set(int row, const float* x, int64_t stride) {
+    // Rounds a row's numbers. Its blocks of 32 lie `stride` apart. `middle`: the code of the cache that stands for
+    // zero.
+    void set(int row, const float* x, int64_t stride, uint32_t middle = Bytes::kMiddle) {
         constexpr float kSmallest = 0x1p-100f;  // as in dot_int8.cpp
         Vec top = zero(), invalid = zero();
         for (int k = 0; k < blocks_; ++k) {
@@ -58,21 +59,21 @@ public:
         int32_t total = 0;
         for (int k = 0; k < blocks_; ++k, out += count * kDigits * kBlock)
             total += is_usable ? round_block(x + k * stride, inverse, out) : clear_block(out);
-        offsets_[row] = static_cast<int32_t>(static_cast<uint32_t>(-total) * Bytes::kMiddle);
+        offsets_[row] = static_cast<int32_t>(static_cast<uint32_t>(-total) * middle);
     }
 
-    // Products with 32 columns, out[rows][32]: blocks of codes as in the cache, each of which is prefetched
-    // kBlocksAhead before. `finish(row, column, products)` gets them in vectors, without the scale of the row.
+    // Products with 32 columns, out[rows][32]: blocks of codes as in the cache. While one is read, that `ahead` places
+    // after it is prefetched. `finish(row, column, products)` gets them in vectors, without the scale of the row.
     template <class F>
-    void multiply(const uint8_t* const* blocks, F finish) const {
+    void multiply(const uint8_t* const* blocks, int ahead, F finish) const {
         alignas(64) int32_t totals[kTokenRows * kColumns];
         for (int first = 0; first < rows_; first += kRowsOfCodes) {
             const int count = std::min(kRowsOfCodes, rows_ - first);
             for (int r = 0; r < count * kDigits; ++r) {
-                const int32_t offset = r % kDigits == 0 ? offsets_[first + r / kDigits] : 0;
-                std::fill_n(totals + r * kColumns, kColumns, offset);
+                const Totals offset = splat_total(r % kDigits == 0 ? offsets_[first + r / kDigits] : 0);
+                for (int i = 0; i < kColumns; i += kIntColumns) store_totals(totals + r * kColumns + i, offset);
             }
-            add_products(blocks, blocks_, kBlocksAhead<uint8_t>, count * kDigits,
+            add_products(blocks, blocks_, ahead, count * kDigits,
                          codes_ + static_cast<int64_t>(first) * blocks_ * kDigits * kBlock, totals);
             for (int r = 0; r < count; ++r)
                 for (int i = 0; i < kColumns; i += kLanes)
@@ -85,6 +86,11 @@ public:
 private:
     // The low digit's totals, and 256 times those of the high one.
     static Vec number_of(const int32_t* totals) {
+#if defined(__AVX512F__)
+        Totals total = load_totals(totals);
+        if constexpr (kDigits == 2) total = plus(total, _mm512_slli_epi32(load_totals(totals + kColumns), 8));
+        return {to_floats(total)};
+#else
         alignas(64) float numbers[kLanes];
         for (int i = 0; i < kLanes; ++i) {
             uint32_t total = static_cast<uint32_t>(totals[i]);
@@ -92,11 +98,27 @@ private:
             numbers[i] = static_cast<float>(static_cast<int32_t>(total));
         }
         return load(numbers);
+#endif
     }
 
     // Returns the sum of the codes.
     static int32_t round_block(const float* x, float inverse, TokenCode* out) {
         constexpr float kRounder = 0x1.8p23f;  // as in dot_int8.cpp
+#if defined(__AVX512F__)
+        if constexpr (kDigits == 2) {
+            const __m512i base = _mm512_set1_epi32(static_cast<int>(bits_of(kRounder)));
+            __m512i total = _mm512_setzero_si512();
+            for (int i = 0; i < kBlock; i += kLanes) {
+                const Vec rounded = load(x + i) * splat(inverse) + splat(kRounder);
+                const __m512i codes = _mm512_sub_epi32(_mm512_castps_si512(rounded.v), base);
+                const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(codes, _mm512_set1_epi32(128)), 8);
+                total = _mm512_add_epi32(total, codes);
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_cvtepi32_epi8(codes));
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(out + kBlock + i), _mm512_cvtepi32_epi8(high));
+            }
+            return _mm512_reduce_add_epi32(total);
+        }
+#endif
         int16_t codes[kBlock];
         int32_t total = 0;
         for (int i = 0; i < kBlock; ++i) {
@@ -125,13 +147,71 @@ private:
     int blocks_ = 0;
 };
 
+// How a cache in int8 stores a head of a token.
+struct Int8Heads {
+    static constexpr float kLargestCode = 127.0f;
+
+    static size_t unit_bytes(int dim) { return static_cast<size_t>(kUnit) * (dim + sizeof(BFloat16)); }
+    static BFloat16* scales_of(uint8_t* unit, int dim) { return reinterpret_cast<BFloat16*>(unit + kUnit * dim); }
+    static const BFloat16* scales_of(const uint8_t* unit, int dim) {
+        return reinterpret_cast<const BFloat16*>(unit + kUnit * dim);
+    }
+
+    // Offset of a code in a block.
+    static int offset_of(int column, int k) {
+        return column / kLanes * (kBlock * kLanes) + k / 4 * kLineBytes + column % kLanes * 4 + k % 4;
+    }
+
+    // The codes of a token's head, plus 128, and some more up to a whole vector; returns the scale.
+    template <class T>
+    static BFloat16 encode(const T* x, int size, uint8_t* codes) {
+        Vec top = zero(), invalid = zero();
+        for (int i = 0; i < size; i += kLanes) {
+            const Vec numbers = load_first(x + i, size - i);
+            top = max(top, absolute(numbers));
+            invalid = invalid + numbers * zero();  // NaN for infinity, too
+        }
+        const BFloat16 scale = from_float<BFloat16>(largest(top) / kLargestCode + sum(invalid));
+        const float divisor = to_float(scale);
+        const bool is_usable = divisor > 0.0f;
+        constexpr float kRounder = 0x1.8p23f;  // what is added to it is in the low bits
+        for (int i = 0; i < size; i += kLanes) {
+            const Vec limit = splat(kLargestCode);
+            const Vec quotient = load_first(x + i, size - i) / splat(is_usable ? divisor : 1.0f);
+            const Vec rounded = is_usable ? nearest(min(limit, max(negate(limit), quotient))) : zero();
+            store_low_bytes(codes + i, rounded + splat(kRounder + Bytes::kMiddle));
+        }
+        return scale;
+    }
+
+    // Writes a token's K, whose place is in the unit.
+    template <class T>
+    static void write_key(uint8_t* unit, int dim, int place, const T* k, int size) {
+        uint8_t codes[kMaxHeadDim];
+        scales_of(unit, dim)[place] = encode(k, size, codes);
+        for (int i = 0; i < size; i += 4)
+            std::memcpy(unit + i / kBlock * kBlockElements + offset_of(place, i % kBlock), codes + i,
+                        std::min(4, size - i));
+    }
+
+    // Prefetches what `write_key` will write to.
+    static void prefetch_key(const uint8_t* unit, int dim, int place) {
+        for (int i = 0; i < dim; i += 4)
+            prefetch(address_of(unit + i / kBlock * kBlockElements + offset_of(place, i % kBlock)));
+        prefetch(address_of(scales_of(unit, dim)));
+    }
+};
+
 template <class Type>
 class Int8Cache {
 public:
     using T = Type;
     using Stored = uint8_t;
     using Rows = CodeRows;
+    using Heads = Int8Heads;
     static constexpr bool kIsInteger = true;
+    static constexpr bool kHasGroups = false;
+    static constexpr int kValueElements = kBlockElements;
 
     Int8Cache(const OctavoAttention& op, int block_size, Scratch& scratch)
         : num_kv_heads(op.num_kv_heads),
@@ -154,33 +234,31 @@ public:
         uint8_t* keys = keys_of(block, head, place);
         uint8_t* values = values_of(block, head, place);
         if (place == 0) {  // nothing of an earlier owner remains
-            std::memset(keys, 0, unit_bytes(head_dim) * (block_size / kUnit));
-            std::memset(values, 0, unit_bytes(v_head_dim) * (block_size / kUnit));
+            std::memset(keys, 0, Heads::unit_bytes(head_dim) * (block_size / kUnit));
+            std::memset(values, 0, Heads::unit_bytes(v_head_dim) * (block_size / kUnit));
         }
         place %= kUnit;
-        scales_of(keys, head_dim)[place] = encode(k, k_size, codes);
-        for (int i = 0; i < k_size; ++i) keys[i / kBlock * kBlockElements + offset_of(place, i % kBlock)] = codes[i];
-        scales_of(values, v_head_dim)[place] = encode(v, v_size, codes);
-        for (int i = 0; i < v_size; ++i)
-            values[i / kColumns * kBlockElements + offset_of(i % kColumns, place)] = codes[i];
+        Heads::write_key(keys, head_dim, place, k, k_size);
+        Heads::scales_of(values, v_head_dim)[place] = Heads::encode(v, v_size, codes);
+        for (int i = 0; i < v_size; i += kLanes) {
+            uint8_t* target = values + i / kColumns * kBlockElements + Heads::offset_of(i % kColumns, place);
+            for (int j = 0; j < kLanes && i + j < v_size; ++j) target[4 * j] = codes[i + j];
+        }
     }
 
     // Prefetches what `write` will write to.
     void prefetch_place(int64_t block, int head, int place) const {
-        const uint8_t* keys = keys_of(block, head, place);
         const uint8_t* values = values_of(block, head, place);
+        Heads::prefetch_key(keys_of(block, head, place), head_dim, place % kUnit);
         place %= kUnit;
-        for (int i = 0; i < head_dim; i += 4)
-            prefetch(address_of(keys + i / kBlock * kBlockElements + offset_of(place, i % kBlock)));
         for (int i = 0; i < v_head_dim; i += kLanes)
-            prefetch(address_of(values + i / kColumns * kBlockElements + offset_of(i % kColumns, place)));
-        prefetch(address_of(scales_of(keys, head_dim)));
-        prefetch(address_of(scales_of(values, v_head_dim)));
+            prefetch(address_of(values + i / kColumns * kBlockElements + Heads::offset_of(i % kColumns, place)));
+        prefetch(address_of(Heads::scales_of(values, v_head_dim)));
     }
 
     // As of KVCache, without the scales of the tokens.
     void multiply(const Rows& x, const uint8_t* const* blocks, float* sums) const {
-        x.multiply(blocks, [&](int row, int column, Vec products) {
+        x.multiply(blocks, kBlocksAhead<Stored>, [&](int row, int column, Vec products) {
             store(sums + row * kColumns + column, products * splat(x.scale(row)));
         });
     }
@@ -189,8 +267,8 @@ public:
     void read_scales(int units, const uint8_t* const* blocks) {
         const int key_blocks = head_dim / kBlock;
         for (int i = 0; i < units; ++i) {
-            const BFloat16* of_keys = scales_of(blocks[i * key_blocks], head_dim);
-            const BFloat16* of_values = scales_of(blocks[units * key_blocks + i], v_head_dim);
+            const BFloat16* of_keys = Heads::scales_of(blocks[i * key_blocks], head_dim);
+            const BFloat16* of_values = Heads::scales_of(blocks[units * key_blocks + i], v_head_dim);
             for (int j = 0; j < kUnit; j += kLanes) {
                 store(key_scales_ + i * kUnit + j, load(of_keys + j));
                 store(value_scales_ + i * kUnit + j, load(of_values + j));
@@ -207,42 +285,8 @@ public:
     const int block_size;
 
 private:
-    static constexpr float kLargestCode = 127.0f;
-
-    static size_t unit_bytes(int dim) { return static_cast<size_t>(kUnit) * (dim + sizeof(BFloat16)); }
     uint8_t* unit_of(uint8_t* cache, int dim, int64_t block, int head, int place) const {
-        return cache + ((block * num_kv_heads + head) * (block_size / kUnit) + place / kUnit) * unit_bytes(dim);
-    }
-    static BFloat16* scales_of(uint8_t* unit, int dim) { return reinterpret_cast<BFloat16*>(unit + kUnit * dim); }
-    static const BFloat16* scales_of(const uint8_t* unit, int dim) {
-        return reinterpret_cast<const BFloat16*>(unit + kUnit * dim);
-    }
-
-    // Offset of a code in a block.
-    static int offset_of(int column, int k) {
-        return column / kLanes * (kBlock * kLanes) + k / 4 * kLineBytes + column % kLanes * 4 + k % 4;
-    }
-
-    // The codes of a token's head, plus 128; returns the scale.
-    static BFloat16 encode(const T* x, int size, uint8_t* codes) {
-        Vec top = zero(), invalid = zero();
-        for (int i = 0; i < size; i += kLanes) {
-            const Vec numbers = load_first(x + i, size - i);
-            top = max(top, absolute(numbers));
-            invalid = invalid + numbers * zero();  // NaN for infinity, too
-        }
-        const BFloat16 scale = from_float<BFloat16>(largest(top) / kLargestCode + sum(invalid));
-        const float divisor = to_float(scale);
-        const bool is_usable = divisor > 0.0f;
-        for (int i = 0; i < size; i += kLanes) {
-            float rounded[kLanes];
-            const Vec limit = splat(kLargestCode);
-            const Vec quotient = load_first(x + i, size - i) / splat(is_usable ? divisor : 1.0f);
-            store(rounded, nearest(min(limit, max(negate(limit), quotient))));
-            for (int j = 0; j < kLanes && i + j < size; ++j)
-                codes[i + j] = static_cast<uint8_t>(is_usable ? static_cast<int>(rounded[j]) + Bytes::kMiddle : 128);
-        }
-        return scale;
+        return cache + ((block * num_kv_heads + head) * (block_size / kUnit) + place / kUnit) * Heads::unit_bytes(dim);
     }
 
     uint8_t* keys_;

@@ -121,6 +121,7 @@ public:
     using Rows = ManyRows<T>;
     using Stored = T;
     static constexpr bool kIsInteger = false;
+    static constexpr bool kHasGroups = false;
 
     LatentCache(const OctavoLatentAttention& op, int block_size, Scratch& scratch)
         : head_dim(blocks_of(op.attention.head_dim, kBlock) * kBlock),

@@ -31,7 +31,7 @@ enum OctavoActivation : int32_t {
 };
 
 // What a KV cache holds: numbers in the type of the activations, or codes; see ops/reference/kv_codes.py.
-enum OctavoCache : int32_t { kPlainCache = 0, kInt8Cache = 1, kE4M3Cache = 2, kE5M2Cache = 3 };
+enum OctavoCache : int32_t { kPlainCache = 0, kInt8Cache = 1, kE4M3Cache = 2, kE5M2Cache = 3, kInt4Cache = 4 };
 
 enum OctavoNormKind : int32_t { kNoNorm = 0, kRmsNorm = 1, kLayerNorm = 2 };
 
@@ -490,6 +490,10 @@ OCTAVO_EXPORT int64_t octavo_quantized_size(const OctavoEncoding* encoding, int3
 // Packs quantised rows that lie `stride` bytes apart; see ops/reference/quantized.py.
 OCTAVO_EXPORT void octavo_pack_quantized(const OctavoEncoding* encoding, const void* source, int64_t stride,
                                          void* packed, int32_t rows, int32_t columns, int32_t paired);
+// Quantises rows that lie `stride` elements apart, to 4 or 8 bits in whole groups of 32 columns; see
+// ops/reference/quantize.py. `importance` of the columns: 1 in each group; null: they are alike.
+OCTAVO_EXPORT void octavo_quantize_groups(const void* source, int64_t stride, int32_t type, const float* importance,
+                                          void* out, int64_t out_stride, int32_t rows, int32_t columns, int32_t bits);
 
 // Prepares the process (requests AMX from the kernel). Returns 0 or an error number.
 OCTAVO_EXPORT int32_t octavo_initialize();

@@ -15,6 +15,9 @@ constexpr int64_t kRowBytesPerGroup = 256 << 10;
 // in no time.
 constexpr int kMinTilesPerPanel = 3;
 
+// Blocks of k that stay in the L1 cache beside rows.
+constexpr int kInt8BlocksInCache = 20;
+
 // The same for float products: blocks of k that are dequantised at once, and rows beside them.
 constexpr int kFloatPanelBlocks = 4;
 constexpr int64_t kFloatBytesPerGroup = 512 << 10;
@@ -110,11 +113,19 @@ Int8Rows int8_rows(const OctavoLinear& op, const OctavoStep& step, const Team& t
     return {tiles, data, blocks};
 }
 
-// Products of some tiles with one block of 32 rows of the weight, decoded anew for each tile.
+// Products of some tiles with one block of 32 rows of the weight, decoded anew for each tile: a part that stays in the
+// L1 cache while all tiles pass by, or all of it at once of a k-quant.
 void multiply_directly(const QuantizedLayout& layout, const uint8_t* weight, const Int8Rows& rows, const Range& tiles,
                        float* sums) {
-    for (int tile = tiles.begin; tile < tiles.end; ++tile, sums += kInt8Rows * kColumns)
-        dot_int8(layout, weight, rows.tiles.size(tile), rows.at(tile, 0), sums);
+    const int count = tiles.end - tiles.begin;
+    const bool in_parts = count > 1 && !is_super(layout.encoding.format);
+    const int parts = in_parts ? blocks_of(rows.blocks, kInt8BlocksInCache) : 1;
+    for (int part = 0; part < parts; ++part) {
+        const Range blocks = share(rows.blocks, part, parts);
+        for (int i = 0; i < count; ++i)
+            dot_int8(layout, weight, blocks, rows.tiles.size(tiles.begin + i), rows.at(tiles.begin + i, blocks.begin),
+                     sums + i * kInt8Rows * kColumns, in_parts ? Turn{i, count} : Turn{0, 1});
+    }
 }
 
 // The same with panels of the weight that are decoded for all tiles.
