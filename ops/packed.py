@@ -151,3 +151,21 @@ class ExpertWeights:
     def is_gated(self) -> bool:
         """Whether an expert computes ``down(act(gate(x)) * up(x))``, and not ``down(act(up(x)))``."""
         return self.activation != "relu2"
+
+
+GROUP = 32
+"""Columns that share a scale, of rows that are quantised while they are loaded."""
+
+
+def tree_sum(x: Tensor) -> Tensor:
+    """The sums over a last dimension of a power of two, which is left with one element: halves are added."""
+    while x.shape[-1] > 1:
+        first, second = x.chunk(2, dim=-1)
+        x = first + second
+    return x
+
+
+def shares_in_groups(importance: Tensor) -> Tensor:
+    """What columns [columns] count in their groups, [groups, 32]: 1 in all."""
+    groups = importance.unflatten(0, (-1, GROUP))
+    return groups / tree_sum(groups)

@@ -15,8 +15,7 @@ from ops.cpu.library import ROWS, TYPES, Group, Library, Matrix, Node, Step
 from ops.cpu.ranks import PeerLostError
 from ops.dispatch import Op
 from ops.metadata import AdapterRows, AttentionMetadata
-from ops.packed import Encoding, PackedWeight, RowSource, Segment
-from ops.reference import quantize
+from ops.packed import GROUP, Encoding, PackedWeight, RowSource, Segment, shares_in_groups
 
 _SERIAL_WORK = 1 << 15
 """Operations below which waking a second thread costs more than it saves."""
@@ -159,12 +158,9 @@ def quantize_groups(kernels: Library, source: Tensor, bits: int, importance: Ten
     if source.dtype not in TYPES or source.stride(1) != 1:
         source = source.float().contiguous()
     rows, columns = source.shape
-    weights = None
-    if importance is not None:
-        groups = importance.unflatten(0, (-1, quantize.GROUP))
-        weights = (groups / quantize.tree_sum(groups)).contiguous()
+    weights = None if importance is None else shares_in_groups(importance).contiguous()
     num_fields = 1 if bits == 8 else 2
-    out = torch.empty((rows, columns + columns // quantize.GROUP * num_fields * 2), dtype=torch.uint8)
+    out = torch.empty((rows, columns + columns // GROUP * num_fields * 2), dtype=torch.uint8)
     address = None if weights is None else weights.data_ptr()
     kernels.quantize_groups(
         source.data_ptr(), source.stride(0), TYPES[source.dtype], address, out.data_ptr(), out.stride(0), rows, columns,

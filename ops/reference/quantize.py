@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ops.dispatch import Spec, op
+from ops.packed import GROUP, shares_in_groups, tree_sum
 
-GROUP = 32
-"""Columns that share a scale."""
 NUMBERS = 1 << 17
 """Numbers quantised at a time: few enough for a core's cache."""
 SHRINKS = (1.0, 0.9, 0.8)
@@ -37,10 +36,7 @@ def quantize_groups(source: Tensor, bits: int, importance: Tensor | None = None)
         uint8 [rows, bytes]: a byte for each code, then the scales of the groups, then their minimums.
     """
     columns = source.shape[1]
-    weights = torch.full((1, GROUP), 1 / GROUP)
-    if importance is not None:
-        weights = importance.unflatten(0, (-1, GROUP))
-        weights = weights / tree_sum(weights)
+    weights = torch.full((1, GROUP), 1 / GROUP) if importance is None else shares_in_groups(importance)
     result = []
     step = max(1, NUMBERS // columns)
     for first in range(0, len(source), step):
@@ -48,14 +44,6 @@ def quantize_groups(source: Tensor, bits: int, importance: Tensor | None = None)
         codes, *fields = nearest_int8(groups) if bits == 8 else best_int4(groups, weights)
         result.append(torch.cat([codes.flatten(1), *(field.contiguous().view(torch.uint8) for field in fields)], dim=1))
     return torch.cat(result)
-
-
-def tree_sum(x: Tensor) -> Tensor:
-    """The sums over a last dimension of a power of two, which is left with one element: halves are added."""
-    while x.shape[-1] > 1:
-        first, second = x.chunk(2, dim=-1)
-        x = first + second
-    return x
 
 
 def nearest_int8(groups: Tensor) -> tuple[Tensor, Tensor]:
