@@ -168,4 +168,5 @@ def tree_sum(x: Tensor) -> Tensor:
 def shares_in_groups(importance: Tensor) -> Tensor:
     """What columns [columns] count in their groups, [groups, 32]: 1 in all."""
     groups = importance.unflatten(0, (-1, GROUP))
-    return groups / tree_sum(groups)
+    shares: Tensor = groups / tree_sum(groups)
+    return shares

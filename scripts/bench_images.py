@@ -141,6 +141,7 @@ def main() -> None:
         image = image_url(index, *arguments.size)
         for name, url in servers.items():
             seconds, tokens[name] = request(url, models[name], image)
+            print(f"{name}: {seconds:.2f} s{'' if index else ', not counted'}", file=sys.stderr, flush=True)
             if index:
                 times[name].append(seconds)
     for name, own in times.items():
