@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class FairSlots:
@@ -18,18 +20,21 @@ class FairSlots:
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         """By owner: those who wait, in the order of their arrival."""
 
-    @asynccontextmanager
-    async def place(self, owner: str) -> AsyncIterator[None]:
-        """Waits for a place and holds it."""
+    async def run(self, owner: str, begin: Callable[[], asyncio.Future[T]]) -> T:
+        """Waits for a place and begins work, which holds it until it ends, even if nobody waits for it any more."""
         if self._num_free:
             self._num_free -= 1
             self._take(owner)
         else:
             await self._wait(owner)
         try:
-            yield
-        finally:
+            work = begin()
+        except BaseException:
             self._give_back(owner)
+            raise
+        work.add_done_callback(lambda _: self._give_back(owner))
+        await asyncio.wait((work,))  # does not cancel it: a thread goes on, whoever has left
+        return work.result()
 
     async def _wait(self, owner: str) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -106,8 +106,8 @@ class ImageReader:
         if len(url) > MAX_URL:
             raise RequestError(f"{where}: the URL has more than {MAX_URL} characters", field)
         try:
-            async with self._turns.place(owner):
-                return await asyncio.get_running_loop().run_in_executor(self._fetches, access.fetch, url)
+            loop = asyncio.get_running_loop()
+            return await self._turns.run(owner, lambda: loop.run_in_executor(self._fetches, access.fetch, url))
         except FetchError as error:
             raise RequestError(f"{where}: the image cannot be fetched: {error}", field) from None
 

@@ -111,6 +111,7 @@ def _write(folder: Path, pairs: Pairs, index: int, fields: Mapping[str, Any]) ->
     tensors: dict[str, tuple[str, npt.NDArray[Any]]] = {}
     patterns: dict[str, int] = {}
     types: list[npt.NDArray[Any]] = []
+    table = None
     for module, pair in pairs.items():
         (kind, a), (_, b) = ((kind, array[index]) for kind, array in (pair["a"], pair["b"]))
         if not module.endswith("_embeddings"):
@@ -120,6 +121,8 @@ def _write(folder: Path, pairs: Pairs, index: int, fields: Mapping[str, Any]) ->
             types = [a[0], b]
         else:
             table = module, kind, a, b
+    if table is None:
+        raise ValueError("there is none of the words' embedding")
     module, kind, a, b = table
     if types:  # all tokens are of one type, so what its row gains may be added to all words
         a = np.concatenate((a, np.broadcast_to(types[0], (len(a), len(types[0])))), axis=1)

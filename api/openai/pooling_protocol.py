@@ -121,9 +121,11 @@ class ScoreRequest(PoolingRequest, kw_only=True):
     data_2: str | list[str] | None = None
     """Alias of ``documents``."""
     max_tokens_per_query: Limit | None = None
-    """Use at most this many leading tokens of a query; 0: all."""
+    """Use at most this many leading tokens of a query; 0: all, or as many as the files of a late interaction model
+    say."""
     max_tokens_per_doc: Limit | None = None
-    """Use at most this many leading tokens of a document, not counting special tokens of the tokenizer; 0: all."""
+    """Use at most this many leading tokens of a document, not counting special tokens of the tokenizer, which late
+    interaction counts; 0: all, or as many as the files of a late interaction model say."""
     add_special_tokens: bool | None = None
     """Add the tokenizer's special tokens, such as the start token. Default: true."""
     instruction: str | None = None
@@ -146,9 +148,11 @@ class RerankRequest(PoolingRequest, kw_only=True):
     return_documents: bool | None = None
     """Return the texts of the documents. Default: true."""
     max_tokens_per_query: Limit | None = None
-    """Use at most this many leading tokens of the query; 0: all."""
+    """Use at most this many leading tokens of the query; 0: all, or as many as the files of a late interaction model
+    say."""
     max_tokens_per_doc: Limit | None = None
-    """Use at most this many leading tokens of a document, not counting special tokens of the tokenizer; 0: all."""
+    """Use at most this many leading tokens of a document, not counting special tokens of the tokenizer, which late
+    interaction counts; 0: all, or as many as the files of a late interaction model say."""
     add_special_tokens: bool | None = None
     """Add the tokenizer's special tokens, such as the start token. Default: true."""
     instruction: str | None = None

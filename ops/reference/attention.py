@@ -121,8 +121,9 @@ def attend(
     """Attention of one request's last tokens over its context.
 
     Args:
-        q: [num_queries, num_heads, head_dim]: the last ``num_queries`` of ``seq_len`` tokens; if ``shape`` is not
-            causal, the first ones, and those beyond ``seq_len`` attend to others without being attended to.
+        q: [num_queries, num_heads, head_dim]: the last ``num_queries`` of ``seq_len`` tokens. If ``shape`` is not
+            causal, there may be more: those beyond ``seq_len`` attend to others without being attended to. The result
+            of one that sees nothing in its window is 0.
         k: [seq_len, num_kv_heads, head_dim].
         v: [seq_len, num_kv_heads, v_head_dim].
         sinks: [num_heads]; None: no sinks.
@@ -141,7 +142,7 @@ def attend(
     scores = scores * (shape.scale * shape.k_scale)
     if shape.logit_softcap:
         scores = torch.tanh(scores / shape.logit_softcap) * shape.logit_softcap
-    first = seq_len - num_queries if shape.causal else 0
+    first = max(0, seq_len - num_queries)
     distance = torch.arange(first, first + num_queries).unsqueeze(1) - torch.arange(seq_len)
     if shape.alibi_slopes is not None:
         slopes = torch.tensor(shape.alibi_slopes, device=scores.device).view(shape.num_kv_heads, -1, 1, 1)
@@ -161,6 +162,7 @@ def attend(
         column = sinks.float().view(shape.num_kv_heads, -1, 1, 1).expand(-1, -1, num_queries, -1)
         scores = torch.cat([scores, column], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., :seq_len]
+    weights = weights.masked_fill(hidden.all(1, keepdim=True).to(weights.device), 0.0)
     if value_scales is not None:
         weights = weights * value_scales.T[:, None, None]
     out = weights @ v.float().permute(1, 0, 2).unsqueeze(1) * shape.v_scale  # [kv_heads, group, queries, dim]

@@ -23,6 +23,8 @@ from engine_core.restart import MAX_DEATHS
 from tests.e2e.poison.sitecustomize import POISON
 from tests.e2e.server import ROOT, Server
 
+pytestmark = pytest.mark.alone  # streams must not be over before their process is killed
+
 NUM_STREAMS = 8
 MAX_TOKENS = 400
 STILL_SECONDS = 15.0

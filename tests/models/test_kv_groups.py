@@ -378,7 +378,8 @@ def test_new_workers_go_on_with_what_the_last_ones_wrote(
     monkeypatch.setattr(machine, "kv_memory", KVMemory(descriptor))
     engine = Engine(kind)
     has_states = any(group.backend.kv_layout == STATES_LAYOUT for group in machine.groups)
-    engine.scheduler.shape = replace(engine.scheduler.shape, has_states=has_states)
+    kv = engine.scheduler.pool.kv
+    kv.shape = replace(kv.shape, has_states=has_states)
     add_all(engine)
     for _ in range(num_turns):
         engine.turn()

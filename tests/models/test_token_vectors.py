@@ -37,9 +37,9 @@ def with_tensors(folder: Path, target: Path, added: Mapping[str, torch.Tensor], 
     return copy
 
 
-def states(folder: Path, token_ids: list[int], attended: int) -> torch.Tensor:
+def states(folder: Path, token_ids: list[int], attended: int, attention: str = "eager") -> torch.Tensor:
     """transformers' hidden states, where tokens attend to the first ones only."""
-    model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    model = transformers.AutoModel.from_pretrained(folder, attn_implementation=attention).eval()
     mask = torch.tensor([[1] * attended + [0] * (len(token_ids) - attended)])
     with torch.inference_mode():
         result: torch.Tensor = model(torch.tensor([token_ids]), attention_mask=mask).last_hidden_state[0]
@@ -56,6 +56,13 @@ def test_tokens_to_which_others_do_not_attend(name: str) -> None:
     np.testing.assert_allclose(some, states(folder, prompt, 41).numpy(), rtol=0, atol=2e-4)
     np.testing.assert_allclose(every, states(folder, prompt, 50).numpy(), rtol=0, atol=2e-4)
     assert np.abs(some - every).max() > 1e-3
+
+
+def test_tokens_that_see_nothing_in_their_windows() -> None:
+    """Short queries, filled up: attention gives nothing there, as transformers' usual implementation has it."""
+    folder, prompt = tiny.checkpoint("modernbert"), tokens(50)
+    (ours,) = pooled(runner_of(load(folder)), [prompt], [replace(EVERY, num_attended=4)])
+    np.testing.assert_allclose(ours, states(folder, prompt, 4, "sdpa").numpy(), rtol=0, atol=2e-4)
 
 
 def test_colbert(tmp_path: Path) -> None:

@@ -79,31 +79,35 @@ def test_long_urls_are_refused() -> None:
 def test_a_place_goes_to_the_owner_who_has_the_fewest() -> None:
     async def run() -> None:
         slots, order = FairSlots(2), list[str]()
-        ends = {name: asyncio.Event() for name in ("a1", "a2", "a3", "a4", "b1", "b2")}
+        ends = {name: asyncio.get_running_loop().create_future() for name in ("a1", "a2", "a3", "a4", "b1", "b2", "c1")}
 
-        async def work(name: str) -> None:
-            async with slots.place(name[0]):
-                order.append(name)
-                await ends[name].wait()
+        def begin(name: str) -> asyncio.Future[None]:
+            order.append(name)
+            return ends[name]
+
+        def start(name: str) -> asyncio.Task[None]:
+            return asyncio.create_task(slots.run(name[0], lambda: begin(name)))
 
         async def turn(*names: str) -> list[str]:
             """Ends some work, and tells what has begun since."""
             before = len(order)
             for name in names:
-                ends[name].set()
+                ends[name].set_result(None)
             for _ in range(5):
                 await asyncio.sleep(0)
             return order[before:]
 
-        tasks = {name: asyncio.create_task(work(name)) for name in ends}
+        tasks = {name: start(name) for name in ends if name != "c1"}
         assert await turn() == ["a1", "a2"]
         assert await turn("a1") == ["b1"]
         tasks["a3"].cancel()
         assert await turn("a2") == ["a4"]
         tasks["b2"].cancel()
-        assert await turn("a4", "b1") == []
-        async with slots.place("c"), slots.place("c"):  # both are free again
-            pass
+        tasks["a4"].cancel()  # its work goes on, and keeps the place
+        tasks["c1"] = start("c1")
+        assert await turn() == []
+        assert await turn("a4", "b1") == ["c1"]
+        assert await turn("c1") == [] and slots._num_free == 2
         await asyncio.gather(*tasks.values(), return_exceptions=True)
 
     asyncio.run(run())

@@ -120,12 +120,13 @@ class Requests:
         self.sinks = 2 * torch.randn(shape.num_heads, generator=generator).to(dtype) if shape.has_sinks else None
         self.done = [0] * len(lengths)
 
-    def step(self, counts: dict[int, int], *, writes: bool = True) -> dict[int, Tensor]:
+    def step(self, counts: dict[int, int], *, writes: bool = True, attended: int | None = None) -> dict[int, Tensor]:
         """Attends with the next tokens of some requests, in this order; returns each one's result.
 
         Args:
             counts: Tokens of each request.
             writes: Whether K and V are written; else the cache must hold them.
+            attended: Most tokens of a request to which others attend.
         """
         rows = list(counts)
         begins = [self.done[row] for row in rows]
@@ -138,9 +139,8 @@ class Requests:
             for row, position in zip(rows, positions, strict=True)
         ]
         starts = torch.tensor([0, *torch.tensor(list(counts.values())).cumsum(0).tolist()], dtype=torch.int32)
-        meta = AttentionMetadata(
-            starts, torch.tensor(ends, dtype=torch.int32), self.table[rows], torch.cat(slots), self.block_size
-        )
+        lengths = torch.tensor([end if attended is None else min(end, attended) for end in ends], dtype=torch.int32)
+        meta = AttentionMetadata(starts, lengths, self.table[rows], torch.cat(slots), self.block_size)
         q, k, v = (
             torch.cat([self.data[row][i][begin:end] for row, begin, end in zip(rows, begins, ends, strict=True)])
             for i in range(3)

@@ -267,6 +267,22 @@ def test_attention(capability: str, name: str, dtype: torch.dtype, cache_dtype: 
                 torch.testing.assert_close(result, expected[row], rtol=tolerance / 4, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("attended", [1, 10, 256, 300])
+def test_queries_that_see_nothing(capability: str, attended: int, dtype: torch.dtype) -> None:
+    """Queries far behind the last token to which others attend (ColBERT's short queries, filled up)."""
+    shape = AttentionShape(4, 2, 32, scale=0.2, sliding_window=9, causal=False)
+    lengths = [20, 330, 5]
+    ours, plain = (Requests(shape, lengths, dtype, plain=plain) for plain in (False, True))
+    with using("reference"):
+        expected = plain.step(dict(enumerate(lengths)), attended=attended)
+    assert not expected[1][attended + 8 :].any() and expected[1][: attended + 8].any(1).all()
+    with use(capability), threads(2):
+        for row, result in ours.step(dict(enumerate(lengths)), attended=attended).items():
+            tolerance = {torch.bfloat16: 0.03, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
+            torch.testing.assert_close(result, expected[row], rtol=tolerance / 4, atol=tolerance)
+
+
 BY_GROUPS = {
     "groups of 3": AttentionShape(9, 3, 128, scale=0.125),
     "groups of 8": AttentionShape(8, 1, 128, scale=0.1, sliding_window=70, has_sinks=True),

@@ -133,6 +133,9 @@ def test_adapters_of_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         {"word_embeddings": 4},
         {"word_embeddings": 2},
     )
+    save_file({name: stack for name, stack in stacks.items() if "Wqkv" in name}, folder / "model.safetensors")
+    with pytest.raises(ModelFileError, match="adapters of tasks: there is none of the words' embedding"):
+        task_adapters(folder, fields)
     (folder / "model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(ModelFileError, match="not a safetensors file"):
         task_adapters(folder, fields)

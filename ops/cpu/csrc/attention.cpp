@@ -127,18 +127,25 @@ struct Request {
           num_queries(group.query_start_loc[index + 1] - first_token),
           seq_len(group.seq_lens[index]) {}
 
-    // Queries are the last tokens. Where attention is not causal, they are the first ones, and those beyond seq_len
-    // attend to others without being attended to.
-    int position(const OctavoAttention& op, int query) const { return (op.causal ? seq_len - num_queries : 0) + query; }
+    // Queries are the last tokens. Where attention is not causal, there may be more: those beyond seq_len attend to
+    // others without being attended to.
+    int position(int query) const { return std::max(0, seq_len - num_queries) + query; }
 
     View view(const OctavoAttention& op, int query) const {
-        const int end = position(op, query) + 1;
+        const int end = position(query) + 1;
         if (!op.causal) {
             if (!op.window) return {0, seq_len};
-            return {std::max(0, end - op.window), std::min(seq_len, end - 1 + op.window)};
+            // Far beyond seq_len, a query sees nothing.
+            return {std::min(std::max(0, end - op.window), seq_len), std::min(seq_len, end - 1 + op.window)};
         }
         if (op.chunked) return {(end - 1) / op.window * op.window, end};
         return {op.window && end > op.window ? end - op.window : 0, end};
+    }
+
+    // What queries that follow each other see together; a token even if they see nothing.
+    View view(const OctavoAttention& op, int first, int last) const {
+        const int end = view(op, last).end;
+        return {std::min(view(op, first).begin, end - 1), end};
     }
 };
 
@@ -161,10 +168,9 @@ int list_tiles(const OctavoAttention& op, const OctavoGroup& group, int rows_per
             for (int i = blocks_of(rows, rows_per_tile) - 1; i >= 0; --i) {
                 const int first = i * rows_per_tile;
                 const int count = std::min(rows_per_tile, rows - first);
-                const int begin = request.view(op, first / group_size).begin;
-                const int end = request.view(op, (first + count - 1) / group_size).end;
-                const int splits = (end - 1) / kSplit - begin / kSplit + 1;
-                *tiles++ = {index, head, first, count, begin / kSplit, splits, items};
+                const View seen = request.view(op, first / group_size, (first + count - 1) / group_size);
+                const int splits = (seen.end - 1) / kSplit - seen.begin / kSplit + 1;
+                *tiles++ = {index, head, first, count, seen.begin / kSplit, splits, items};
                 items += splits;
             }
         }
@@ -286,10 +292,10 @@ public:
     // The part of a split that is visible to a tile.
     Extent extent(const Tile& tile, int split) const {
         const Request request(group_, tile.request);
-        const View first = request.view(op_, tile.first_row / group_size_);
-        const View last = request.view(op_, (tile.first_row + tile.rows - 1) / group_size_);
-        const int begin = std::max(split * kSplit, first.begin / kUnit * kUnit);
-        return {begin, blocks_of(std::min((split + 1) * kSplit, last.end) - begin, kUnit)};
+        const View seen =
+            request.view(op_, tile.first_row / group_size_, (tile.first_row + tile.rows - 1) / group_size_);
+        const int begin = std::max(split * kSplit, seen.begin / kUnit * kUnit);
+        return {begin, blocks_of(std::min((split + 1) * kSplit, seen.end) - begin, kUnit)};
     }
 
     int blocks_in(const Extent& extent) const { return extent.units * (key_blocks_ + value_blocks_); }
@@ -325,7 +331,7 @@ public:
             const int head = head_of(tile, r);
             const float* biases = nullptr;  // of the first score
             if (op_.biases) {
-                const int position = request.position(op_, (tile.first_row + r) / group_size_);
+                const int position = request.position((tile.first_row + r) / group_size_);
                 biases = op_.biases + static_cast<int64_t>(2 * head + 1) * op_.bias_reach + extent.begin - position;
             }
             softmax(tile.rows, r, extent.units, view.begin - extent.begin, view.end - extent.begin,
@@ -371,7 +377,8 @@ public:
             T* target = static_cast<T*>(op_.out.data) + token * op_.out.stride + column;
             // A sink has its share of the weights, and no value.
             const Vec own = op_.sinks ? exp(splat(op_.sinks[head_of(tile, r)] - sum.largest[r])) : zero();
-            const Vec scale = splat(op_.v_scale) / (splat(sum.total[r]) + own);
+            const View seen = request.view(op_, row / group_size_);
+            const Vec scale = seen.begin < seen.end ? splat(op_.v_scale) / (splat(sum.total[r]) + own) : zero();
             const float* out = sum.out + r * cache_.v_head_dim;
             // Adding zero turns minus zero into zero: its sign could depend on invisible tokens.
             for (int i = 0; i < op_.v_head_dim; i += kLanes)

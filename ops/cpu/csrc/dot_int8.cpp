@@ -12,12 +12,12 @@ constexpr uintptr_t kAheadBytes = 6144;  // how far ahead weights are prefetched
 constexpr int kRowsReadByHardware = 2, kRowsOfBytesReadByHardware = 4;
 constexpr int kVectorsOfHalf = kLanes / kIntColumns;
 
-// From this many rows on, products are the limit, not memory: sums stay in registers for several blocks of k. Up to so
-// many rows, two vectors of columns share the loads of activations.
+// From this many rows on, products are the limit, not memory: sums stay in registers for several blocks of k, if there
+// are enough registers. Up to so many rows, two vectors of columns share the loads of activations.
 #if defined(__AVX512F__)
 constexpr int kRowsKeepingSums = 5;
 #else
-constexpr int kRowsKeepingSums = 2;
+constexpr int kRowsKeepingSums = kInt8Rows + 1;
 #endif
 #if defined(__AVX512F__) && defined(OCTAVO_DOT_INT8)
 constexpr int kRowsSharingLoads = 6;
