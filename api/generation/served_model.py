@@ -28,7 +28,7 @@ from api.media.fetch import MediaAccess
 from api.media.model_images import MAX_IMAGES, ModelImages
 from api.model.chat_template import ChatTemplate
 from api.model.files import ModelFiles
-from api.model.late_interaction import LatePrompt
+from api.model.late_interaction import LatePrompt, Side
 from api.model.pooler import merge_pooler
 from api.model.tokenizer import Tokenizer
 from api.params.defaults import default_params
@@ -208,13 +208,16 @@ class ServedModel:
         own = self.limits.pooling.head_pooling
         return "embed" if not own or self.has_token_layers else "token_classify" if own == "ALL" else "classify"
 
-    async def tokenize_late(self, text: str, *, is_query: bool, max_tokens: int = 0) -> LatePrompt:
+    async def tokenize_late(
+        self, text: str, *, is_query: bool, max_tokens: int = 0, side: Side = "right"
+    ) -> LatePrompt:
         """The prompt of a text for late interaction.
 
         Args:
             text: A query or a document.
             is_query: Which of the two.
             max_tokens: Truncate it to this many tokens; 0: as the model's files say.
+            side: Side on which tokens are removed.
 
         Raises:
             RequestError: It is too long judging by its number of characters, or not valid text.
@@ -223,9 +226,8 @@ class ServedModel:
         assert late is not None
         check_number(len(text), max(MAX_TEXT_CHARS, self.limits.max_model_len), "prompt", "characters")
         most = max_tokens or (late.query_length if is_query else late.document_length)
-        encode = partial(
-            late.query if is_query else late.document, self.tokenizer, text, min(most, self.limits.max_model_len)
-        )
+        most = min(most, self.limits.max_model_len)
+        encode = partial(late.query if is_query else late.document, self.tokenizer, text, most, side)
         return await self._tokenized(len(text), encode)
 
     async def _tokenized(self, length: int, encode: Callable[[], T]) -> T:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 from api.config import ServerConfig
 from api.errors import ModelFileError
-from api.model.pickled_weights import cache_folder
+from api.model.kept_folders import cache_folder
 
 T = TypeVar("T")
 

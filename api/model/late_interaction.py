@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from api.model.tokenizer import Tokenizer, kept_tokens
 
 F32 = npt.NDArray[np.float32]
+Side = Literal["left", "right"]
 
 QUERY_LENGTH, DOCUMENT_LENGTH = 32, 180
 """Tokens of a text, unless the files say so: the defaults of both programs."""
@@ -41,19 +42,20 @@ class LateInteraction:
     skipped_words: tuple[str, ...] = PUNCTUATION
     """Tokens of documents without vectors."""
 
-    def query(self, tokenizer: Tokenizer, text: str, max_tokens: int = 0) -> LatePrompt:
+    def query(self, tokenizer: Tokenizer, text: str, max_tokens: int = 0, side: Side = "right") -> LatePrompt:
         """The prompt of a query.
 
         Args:
             tokenizer: The model's.
             text: The query.
             max_tokens: Truncate it to this many tokens; 0: as the files say.
+            side: Where to.
 
         Raises:
             ValueError: As for ``Tokenizer.encode``.
         """
         length = max_tokens or self.query_length
-        ids = self._encode(tokenizer, text, self.query_prefix, length)
+        ids = self._encode(tokenizer, text, self.query_prefix, length, side)
         count, mask = len(ids), tokenizer.special_tokens_map.get("mask_token")
         mask_id = None if mask is None else tokenizer.token_to_id(mask)
         added = min(length, self.query_length) - count
@@ -61,19 +63,19 @@ class LateInteraction:
             return LatePrompt(ids, 0, None)
         return LatePrompt([*ids, *[mask_id] * added], 0 if self.attends_to_expansion else count, None)
 
-    def document(self, tokenizer: Tokenizer, text: str, max_tokens: int = 0) -> LatePrompt:
+    def document(self, tokenizer: Tokenizer, text: str, max_tokens: int = 0, side: Side = "right") -> LatePrompt:
         """The prompt of a document. See ``query``."""
-        ids = self._encode(tokenizer, text, self.document_prefix, max_tokens or self.document_length)
+        ids = self._encode(tokenizer, text, self.document_prefix, max_tokens or self.document_length, side)
         skipped = {tokenizer.token_to_id(word) for word in self.skipped_words}
         kept = [place for place, token in enumerate(ids) if token not in skipped]
         return LatePrompt(ids, 0, kept)
 
-    def _encode(self, tokenizer: Tokenizer, text: str, prefix: str, length: int) -> list[int]:
+    def _encode(self, tokenizer: Tokenizer, text: str, prefix: str, length: int, side: Side) -> list[int]:
         ids = tokenizer.encode(text)
         around = tokenizer.added_around(True)
         prefix_id = tokenizer.token_to_id(prefix)
         own = tokenizer.encode(prefix, False) if prefix_id is None else [prefix_id]
-        ids = [ids[place] for place in kept_tokens(len(ids), max(1, length - len(own)), "right", around)]
+        ids = [ids[place] for place in kept_tokens(len(ids), max(1, length - len(own)), side, around)]
         return [*ids[: around[0]], *own, *ids[around[0] :]]
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from api.errors import ModelFileError
+from api.model.kept_folders import kept_folder
 from engine_core.launch import Helper, HelperError, HelperLimits, JobError, get_logger, read_json, why
 
 logger = get_logger()
@@ -54,28 +52,18 @@ def converted_folder(folder: Path, files: list[Path]) -> Path:
     Raises:
         ModelFileError: A file is damaged or holds more than tensors, or there is no room.
     """
-    target = cache_folder() / "converted" / f"{folder.name[:64]}-{fingerprint(files)}"
-    if target.is_dir():
-        return target
     size = sum(path.stat().st_size for path in files)
-    logger.info("%s: converting %.2f GB of pickled weights to safetensors, once, in %s", folder, size / 1e9, target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        room = shutil.disk_usage(target.parent).free
+
+    def convert(target: Path) -> None:
+        logger.info("%s: converting %.2f GB of pickled weights to safetensors, once, in %s", folder, size / 1e9, target)
+        room = shutil.disk_usage(target).free
         if room < size:
             raise ModelFileError(
                 target.parent, f"{room / 1e9:.1f} GB free, and the weights of {folder} need {size / 1e9:.1f} GB"
             )
-        with tempfile.TemporaryDirectory(prefix="partial-", dir=target.parent, ignore_cleanup_errors=True) as partial:
-            _convert(files, Path(partial))
-            try:
-                os.rename(partial, target)  # complete or not there
-            except OSError:
-                if not target.is_dir():  # another process was faster
-                    raise
-    except OSError as error:
-        raise ModelFileError(target.parent, f"cannot keep converted weights: {error.strerror or error}") from error
-    return target
+        _convert(files, target)
+
+    return kept_folder("converted", folder, files, convert)
 
 
 def _convert(files: list[Path], target: Path) -> None:
@@ -102,19 +90,3 @@ def _convert(files: list[Path], target: Path) -> None:
         helper.close()
     if len(files) > 1:
         (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
-def cache_folder() -> Path:
-    """Where this program keeps what it would otherwise have to make or to ask for again."""
-    configured = os.environ.get("OCTAVO_CACHE_DIR")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo"
-    return Path(configured).expanduser() if configured else base
-
-
-def fingerprint(files: list[Path]) -> str:
-    """Differs if a file does, judging by place, size and time of change."""
-    digest = hashlib.sha256()
-    for path in files:
-        status = path.stat()
-        digest.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]

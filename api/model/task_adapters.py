@@ -7,9 +7,7 @@ written once as PEFT's files, an adapter per task.
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from api.errors import ModelFileError
-from api.model.pickled_weights import cache_folder, fingerprint
+from api.model.kept_folders import kept_folder
 
 WEIGHTS = "model.safetensors"
 MAX_HEADER = 100 << 20
@@ -57,28 +55,18 @@ def task_adapters(path: Path, fields: Mapping[str, Any]) -> dict[str, Path]:
     names, file = task_names(fields), path / WEIGHTS
     if not names or not file.is_file():
         return {}
-    target = cache_folder() / "tasks" / f"{path.name[:64]}-{fingerprint([file])}"
-    if not target.is_dir():
-        try:
-            pairs = _pairs(file, len(names))
-            if not pairs:
-                return {}
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(
-                prefix="partial-", dir=target.parent, ignore_cleanup_errors=True
-            ) as partial:
-                for index, name in enumerate(names):
-                    _write(Path(partial) / name, pairs, index, fields)
-                try:
-                    os.rename(partial, target)  # complete or not there
-                except OSError:
-                    if not target.is_dir():  # another process was faster
-                        raise
-        except OSError as error:
-            raise ModelFileError(target.parent, f"cannot keep adapters of tasks: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelFileError(file, f"adapters of tasks: {error}") from error
-    return {name: target / name for name in names}
+
+    def make(folder: Path) -> None:
+        pairs = _pairs(file, len(names))
+        for index, name in enumerate(names) if pairs else ():
+            _write(folder / name, pairs, index, fields)
+
+    settings = json.dumps([names, fields.get("lora_rank"), fields.get("lora_alpha")])
+    try:
+        folder = kept_folder("tasks", path, [file], make, settings)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelFileError(file, f"adapters of tasks: {error}") from error
+    return {name: folder / name for name in names if (folder / name).is_dir()}
 
 
 def _pairs(file: Path, count: int) -> Pairs:

@@ -14,7 +14,14 @@ from api.errors import RequestError
 from api.generation.generation import EngineWork, WholeReply
 from api.generation.served_model import NO_IMAGES, ServedModel
 from api.model.tokenizer import NOTHING_ADDED
-from api.openai.pooling_protocol import PoolingRequest, PoolingUsage
+from api.openai.pooling_protocol import (
+    ClassifyRequest,
+    EmbeddingRequest,
+    PoolingRequest,
+    PoolingUsage,
+    RerankRequest,
+    ScoreRequest,
+)
 from api.params.pooling import PoolingTask, without_special
 from api.params.truncation import check_truncation, truncate_prompt
 from engine_core.messages import MultiModalFeature, ResolvedPoolingParams
@@ -89,7 +96,7 @@ async def late_work(
     request_id: str,
     texts: Sequence[tuple[str, bool, int]],
     params: ResolvedPoolingParams,
-    request: PoolingRequest,
+    request: EmbeddingRequest | ClassifyRequest | ScoreRequest | RerankRequest,
     *,
     field: str,
     tenant: Tenant = NOBODY,
@@ -109,9 +116,15 @@ async def late_work(
         RequestError: A text is invalid.
     """
     check_truncation(request.truncate_prompt_tokens, model.limits)
+    if request.add_special_tokens is False:
+        raise RequestError(
+            "the model compares texts with their special tokens: omit add_special_tokens", "add_special_tokens"
+        )
+    side = request.truncation_side or "right"
     most = max(0, request.truncate_prompt_tokens or 0)
     prompts = [
-        await model.tokenize_late(text, is_query=is_query, max_tokens=own or most) for text, is_query, own in texts
+        await model.tokenize_late(text, is_query=is_query, max_tokens=own or most, side=side)
+        for text, is_query, own in texts
     ]
     each = [replace(params, num_attended=prompt.num_attended) for prompt in prompts]
     ids = [array("i", prompt.token_ids) for prompt in prompts]

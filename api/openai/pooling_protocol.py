@@ -25,7 +25,7 @@ class PoolingRequest(AdapterFields, kw_only=True):
     """Truncate each text to this many tokens, including special tokens that the tokenizer adds. -1: to the model's
     maximum length."""
     truncation_side: Literal["left", "right"] | None = None
-    """Side from which a text is truncated. Default: left, which keeps the last tokens."""
+    """Side from which a text is truncated. Default: left, which keeps the last tokens; with late interaction: right."""
     priority: Int32 | None = None
     """Lower values run first. Requires the priority scheduling policy."""
     cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None

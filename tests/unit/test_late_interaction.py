@@ -45,6 +45,7 @@ def test_prompts() -> None:
     query = LATE.query(own, "ab")
     assert query == ([BOS, q, *tokens_of("ab"), EOS, mask, mask, mask], 5, None)
     assert LATE.query(own, "abcdefgh").token_ids == [BOS, q, *tokens_of("abcde"), EOS]
+    assert LATE.query(own, "abcdefgh", side="left").token_ids == [BOS, q, *tokens_of("defgh"), EOS]
     assert LATE.query(own, "abcdefgh", 20).token_ids == [BOS, q, *tokens_of("abcdefgh"), EOS]
     assert LATE.document(own, "a!b") == ([BOS, d, *tokens_of("a!b"), EOS], 0, [0, 1, 2, 4, 5])
     assert LATE.document(own, "abcdefghij").token_ids == [BOS, d, *tokens_of("abcdef"), EOS]
@@ -87,6 +88,11 @@ async def test_scores_and_vectors() -> None:
     assert scored["data"][0]["score"] > scored["data"][1]["score"] > 0
     ranked = await api.ok("/rerank", {"query": "ab", "documents": ["ab!", "pp"], "max_tokens_per_doc": 5})
     assert len(ranked["results"]) == 2 and len(sent(api)[4][0]) == 5
+    cut = {"truncate_prompt_tokens": 5, "truncation_side": "left"}
+    await api.ok("/score", {"text_1": "abcd", "text_2": "pppqr", **cut})
+    assert sent(api)[7][0] == LATE.document(own, "qr").token_ids
+    with_special = {"text_1": "a", "text_2": "b", "add_special_tokens": False}
+    assert (await api.error("/score", with_special))["param"] == "add_special_tokens"
     vectors = (await api.ok("/pooling", {"input": "a!b", "prompt_name": "document"}))["data"][0]["data"]
     assert len(vectors) == 5
     assert (await api.error("/pooling", {"input": "a", "prompt_name": "other"}))["param"] == "prompt_name"
@@ -133,6 +139,8 @@ def test_adapters_of_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         {"word_embeddings": 4},
         {"word_embeddings": 2},
     )
+    again = task_adapters(folder, {**fields, "lora_alpha": 8})["c"]  # the configuration was edited
+    assert json.loads((again / "adapter_config.json").read_text())["lora_alpha"] == 8
     save_file({name: stack for name, stack in stacks.items() if "Wqkv" in name}, folder / "model.safetensors")
     with pytest.raises(ModelFileError, match="adapters of tasks: there is none of the words' embedding"):
         task_adapters(folder, fields)
