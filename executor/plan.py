@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from executor.adapters import LoadedAdapters, check_adapters
-from executor.attention.base import cached_specs
 from executor.base import ModelError
 from executor.checkpoint import StoredTensor
 from executor.config import ExecutorConfig, ParallelConfig
@@ -46,6 +45,7 @@ from executor.messages import (
 )
 from executor.model_runner import ModelRunner
 from executor.parallel import ParallelState, places
+from executor.readiness import worker_ready
 from executor.stages import Stage
 from ops import Communicator
 from ops.cpu import library, memory
@@ -158,28 +158,16 @@ def _runner(
 
 def _report(runner: ModelRunner, loaded: LoadedModel, device: Device, before: Memory) -> WorkerReady:
     """What a worker with the model would report. ``before`` is the memory without its weights."""
-    step_bytes, position_bytes = runner.step_memory()
     free_bytes = max(0, before.free_bytes - loaded.weight_bytes)
-    return WorkerReady(
-        rank=runner.rank,
-        free_bytes=free_bytes,
-        total_bytes=before.total_bytes,
-        weight_bytes=loaded.weight_bytes,
-        default_kv_bytes=min(device.default_kv_bytes(), free_bytes // 4),
-        kv_cache_groups=cached_specs(runner.groups),
-        max_model_len=loaded.max_model_len,
-        vocab_size=loaded.hf_config.vocab_size,
-        dtype=str(loaded.dtype).removeprefix("torch."),
-        device=device.name,
-        architecture=loaded.hf_config.architecture,
-        hidden_size=loaded.vector_size,
-        step_bytes=step_bytes,
-        position_bytes=position_bytes,
-        memory_utilization=device.memory_utilization or 0.0,
-        max_num_batched_tokens=runner.max_tokens,
-        shares_memory=runner.communicator is not None or not (runner.stage.is_first and runner.stage.is_last),
-        multimodal=None if runner.images is None else runner.images.support,
-        pooling=loaded.pooling,
+    is_whole = runner.stage.is_first and runner.stage.is_last
+    return worker_ready(
+        runner,
+        loaded,
+        device,
+        Memory(before.total_bytes, free_bytes),
+        runner.step_memory(),
+        min(device.default_kv_bytes(), free_bytes // 4),
+        shares_memory=runner.communicator is not None or not is_whole,
     )
 
 

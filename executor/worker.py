@@ -22,10 +22,10 @@ import zmq
 
 import ops
 from executor.adapters import LoadedAdapters, check_adapters
-from executor.attention.base import RECURRENT_KINDS, cached_specs
+from executor.attention.base import RECURRENT_KINDS
 from executor.base import ModelError
 from executor.config import ExecutorConfig, SpeculativeConfig
-from executor.device.base import Device, Memory, create_device
+from executor.device.base import Device, create_device
 from executor.draft_heads import load_head
 from executor.draft_runner import DraftModel, check_draft_model, check_place
 from executor.fingerprint import Digests, fingerprint, state_of
@@ -45,7 +45,6 @@ from executor.messages import (
     Heartbeat,
     InitKVCache,
     KVCacheFreed,
-    KVCacheGroupSpec,
     KVCacheReady,
     KVTransfer,
     LoadAdapter,
@@ -54,7 +53,6 @@ from executor.messages import (
     ToWorker,
     UnloadAdapter,
     WorkerFailed,
-    WorkerReady,
     WorkerShutdown,
     i32,
 )
@@ -62,6 +60,7 @@ from executor.model_runner import ModelRunner, PendingOutput, StartedStep
 from executor.multiproc import WorkerLaunch
 from executor.parallel import RANKS, STAGES, ParallelState
 from executor.process import read_descriptors, read_payload
+from executor.readiness import worker_ready
 from executor.stages import Stage, StageRoom, connect
 from ops import Communicator
 from ops.dispatch import Spec, UnsupportedOpError
@@ -128,7 +127,6 @@ class Worker:
         draft = self._load_draft(loaded, device)
         if "kv" in self._descriptors and device.maps_kv:
             self._kv_memory = KVMemory(self._descriptors["kv"])
-        specs = (*cached_specs(groups), *(() if draft is None else draft.specs))
         self.runner = ModelRunner(
             loaded,
             device,
@@ -153,47 +151,19 @@ class Worker:
         if config.lora.enable_lora:
             self._adapters = LoadedAdapters(loaded, config.lora)
             step_bytes += self._adapters.num_bytes(self.runner.max_tokens)
-        self._send(self._ready(loaded, device, memory, specs, step_bytes, position_bytes))
-
-    def _ready(
-        self,
-        loaded: LoadedModel,
-        device: Device,
-        memory: Memory,
-        specs: tuple[KVCacheGroupSpec, ...],
-        step_bytes: int,
-        position_bytes: int,
-    ) -> WorkerReady:
-        """What the engine core gets to know."""
-        config, draft = self.config, self.runner.draft
-        return WorkerReady(
-            rank=self.rank,
-            free_bytes=memory.free_bytes,
-            total_bytes=memory.total_bytes,
-            weight_bytes=loaded.weight_bytes + (0 if draft is None else draft.loaded.weight_bytes),
-            default_kv_bytes=device.default_kv_bytes(),
-            kv_cache_groups=specs,
-            max_model_len=loaded.max_model_len,
-            vocab_size=loaded.hf_config.vocab_size,
-            dtype=str(loaded.dtype).removeprefix("torch."),
-            device=device.name,
-            architecture=loaded.hf_config.architecture,
-            hidden_size=loaded.vector_size,
-            step_bytes=step_bytes,
-            position_bytes=position_bytes,
-            memory_utilization=device.memory_utilization or 0.0,
+        stores = config.kv_cache_dir
+        ready = worker_ready(
+            self.runner,
+            loaded,
+            device,
+            memory,
+            (step_bytes, position_bytes),
+            device.default_kv_bytes(),
             shares_memory=RANKS in self._descriptors or STAGES in self._descriptors,
-            max_num_batched_tokens=self.runner.max_tokens,
-            pooling=loaded.pooling,
-            multimodal=None if self.runner.images is None else self.runner.images.support,
-            fingerprint=fingerprint(
-                config,
-                self.parallel,
-                device,
-                specs,
-                Digests(config.kv_cache_dir) if config.kv_cache_dir else state_of,
-            ),
         )
+        digests = Digests(stores) if stores else state_of
+        own = fingerprint(config, self.parallel, device, ready.kv_cache_groups, digests)
+        self._send(msgspec.structs.replace(ready, fingerprint=own))
 
     def _connect(self, loaded: LoadedModel, device: Device, communicator: Communicator) -> Stage:
         """Connects this rank with those of other pipeline stages."""
