@@ -342,7 +342,8 @@ class ModelRunner:
         sampled = SampleRows(slots[rows], ranges(states.num_tokens[slots], num_sampled), rows)
         drafts = drafts_of(sampled, states) if has_drafts else None
         batch = self.forward.prepare(slots, counts, num_sampled)
-        batch.hidden = self.stage.begin(plan.step_id, int(counts.sum()))
+        num_tokens = int(counts.sum())
+        batch.hidden = self.stage.begin(plan.step_id, num_tokens)
         hidden, logits, *aux = self._run(batch, slots, counts)
         self.stage.pass_on(hidden)
         if logits.dtype != torch.float32:
@@ -361,7 +362,7 @@ class ModelRunner:
             prompt_logprobs=prompt_logprobs,
             pooled=pooled,
             launch_ms=(time.perf_counter() - begin) * 1e3,
-            num_tokens=int(counts.sum()),
+            num_tokens=num_tokens,
         )
 
     def _run(self, batch: InputBatch, slots: I32, counts: I32) -> Sequence[torch.Tensor]:
@@ -378,15 +379,11 @@ class ModelRunner:
     def must_wait_for_drafts(self, plan: SchedulerOutput) -> bool:
         """Whether ``begin`` must wait until earlier outputs are collected, since it may verify drafts. Of a pipeline
         stage, those of the same rows: others are on their way between stages."""
-        if not self.may_verify_drafts(plan):
-            return False
-        return self.stage.is_last or self.stage.lacks_tokens(plan, self.states)
-
-    def may_verify_drafts(self, plan: SchedulerOutput) -> bool:
-        """Whether ``begin`` must wait until earlier outputs are collected, because it may verify drafts."""
         if not plan.num_draft_tokens:
             return False
-        return bool(plan.forced_drafts) or self.speculation.is_expected(i32(plan.slots))
+        if not plan.forced_drafts and not self.speculation.is_expected(i32(plan.slots)):
+            return False
+        return self.stage.is_last or self.stage.lacks_tokens(plan, self.states)
 
     def lacks_input(self, plan: SchedulerOutput) -> bool:
         """Whether ``begin`` must wait for another pipeline stage."""

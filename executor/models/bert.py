@@ -121,6 +121,10 @@ def without_padding_rows(config: HFConfig, rows: int) -> HFConfig:
     return config.replaced(max_position_embeddings=config.max_position_embeddings - rows)
 
 
+CLASSIFIER_NAMES = [(r"^classifier\.dense\.", "head.dense."), (r"^classifier\.(out_proj\.)?", "head.out.")]
+"""Of a classifier of the first token."""
+
+
 class RobertaModel(Encoder):
     """Positions begin after the padding token's id."""
 
@@ -128,8 +132,7 @@ class RobertaModel(Encoder):
     mapper = WeightsMapper(
         renames=[
             *BERT_NAMES,
-            (r"^classifier\.dense\.", "head.dense."),
-            (r"^classifier\.(out_proj\.)?", "head.out."),
+            *CLASSIFIER_NAMES,
         ],
         ignored=MLM_HEADS,
     )
@@ -209,8 +212,7 @@ class MPNetModel(Encoder):
             (r"\.attention\.attn\.([qkvo])\.", r".self_attn.\1_proj."),
             (r"\.attention\.LayerNorm\.", ".attention_norm."),
             *MLP_NAMES,
-            (r"^classifier\.dense\.", "head.dense."),
-            (r"^classifier\.(out_proj\.)?", "head.out."),
+            *CLASSIFIER_NAMES,
         ],
         ignored=MLM_HEADS,
     )

@@ -13,7 +13,7 @@ from executor.layers.positions import LearnedPositions, TokenTypes
 from executor.layers.rotary import RotaryEmbedding
 from executor.layers.self_attention import SelfAttention
 from executor.models.base import WeightsMapper
-from executor.models.bert import BERT_DEFAULTS, EMBEDDINGS, first_token_head, without_padding_rows
+from executor.models.bert import BERT_DEFAULTS, CLASSIFIER_NAMES, EMBEDDINGS, first_token_head, without_padding_rows
 from executor.models.decoder import DecoderParts, PostNormDecoderLayer
 from executor.models.encoder import MLM_HEADS, POST_NORMS, Encoder
 
@@ -50,8 +50,7 @@ class JinaEmbeddingsV3Model(Encoder):
             (r"\.norm2\.", ".mlp_norm."),
             (r"\.mlp\.fc1\.", ".mlp.up_proj."),
             (r"\.mlp\.fc2\.", ".mlp.down_proj."),
-            (r"^classifier\.dense\.", "head.dense."),
-            (r"^classifier\.(out_proj\.)?", "head.out."),
+            *CLASSIFIER_NAMES,
         ],
         ignored=[*MLM_HEADS, r"\.parametrizations\."],
     )
