@@ -211,6 +211,12 @@ class Clock:
         self.function = function
         self.seconds = 0.0
 
+    @classmethod
+    def of(cls, kernels: Any, run: Callable[..., Any]) -> Clock:
+        """A clock of all calls of the kernels, which go to ``run``."""
+        kernels.run = clock = cls(run)
+        return clock
+
     def __call__(self, *args: Any) -> Any:
         begin = time.perf_counter()
         try:
@@ -333,8 +339,7 @@ def measure(options: argparse.Namespace) -> None:
     if kernels is None:
         sys.exit("no kernels are available on this machine")
     explanation = Explanation(kernels, kernels.run, torch.get_num_threads()) if options.explain else None
-    clock = Clock(explanation or kernels.run)
-    kernels.run = clock  # type: ignore[assignment]
+    clock = Clock.of(kernels, explanation or kernels.run)
     threads = torch.get_num_threads()
     longest = max([options.context + options.steps + 1, *options.prefill])
     max_tokens = max([2048, *options.prefill])

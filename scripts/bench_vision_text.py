@@ -40,8 +40,7 @@ def main() -> None:
     kernels = library.chosen()
     if kernels is None:
         sys.exit("no kernels are available on this machine")
-    clock = Clock(kernels.run)
-    kernels.run = clock  # type: ignore[assignment]
+    clock = Clock.of(kernels, kernels.run)
     text = config_of(arguments.model)
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
