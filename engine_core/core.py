@@ -427,7 +427,7 @@ class EngineCore:
 
     def _handle_worker(self, message: FromWorker) -> None:
         if isinstance(message, ModelRunnerOutput | Heartbeat):
-            self._watch.heard(message.rank, message.step_id)
+            self._watch.heard(message.rank, message.step_id, message.forward_ms * 1e-3)
             while self._lagging and self._watch.all_answered(self._lagging[0].step_id):
                 self._lagging.popleft()
                 self._may_schedule = True
@@ -479,7 +479,7 @@ class EngineCore:
         assert scheduler is not None
         step = self.in_flight.popleft()
         assert step.step_id == result.step_id, f"expected the result of step {step.step_id}, got {result.step_id}"
-        self._watch.step_done(step, result.forward_ms * 1e-3)
+        self._watch.step_done(step)
         if not self._watch.all_answered(step.step_id):
             self._lagging.append(step)
         self._restarts.progress()

@@ -54,6 +54,8 @@ class WorkerWatch:
         self._watches: list[ProcessWatch] = []
         self._answered: list[int] = []
         """By rank: the last step answered."""
+        self._seconds: dict[int, float] = {}
+        """By step: how long it took the slowest of the ranks that have answered."""
         self._num_steps = 0
         self._ticked_at = 0.0
 
@@ -61,6 +63,7 @@ class WorkerWatch:
         """Records started workers; the index of a process id is its rank."""
         self._watches = [self._watch(pid) for pid in pids]
         self._answered = [0] * len(pids)
+        self._seconds.clear()
         self._num_steps = 0
 
     @property
@@ -68,8 +71,10 @@ class WorkerWatch:
         """Seconds between calls of ``hung`` while an answer is awaited; None: no need to call it."""
         return TICK if self._watches else None
 
-    def heard(self, rank: int, step_id: int = 0) -> None:
-        """Records a message from a worker: a finished step or loading progress."""
+    def heard(self, rank: int, step_id: int = 0, seconds: float = 0.0) -> None:
+        """Records a message from a worker: a finished step, with the time that it took, or loading progress."""
+        if step_id:
+            self._seconds[step_id] = max(seconds, self._seconds.get(step_id, 0.0))
         if rank < len(self._watches):
             self._watches[rank].heard()
             self._answered[rank] = max(step_id, self._answered[rank])
@@ -78,10 +83,13 @@ class WorkerWatch:
         """Whether all watched workers have answered the step."""
         return min(self._answered, default=step_id) >= step_id
 
-    def step_done(self, step: Step, seconds: float) -> None:
-        """Records the result of a step."""
+    def step_done(self, step: Step) -> None:
+        """Records the result of a step, which took as long as the slowest rank took that has answered."""
         self._num_steps += 1
-        self.times.add(step.num_tokens, step.num_attended, seconds)
+        seconds = self._seconds.get(step.step_id)
+        self._seconds = {step_id: each for step_id, each in self._seconds.items() if step_id > step.step_id}
+        if seconds is not None:
+            self.times.add(step.num_tokens, step.num_attended, seconds)
 
     def hung(self, steps: Sequence[Step], *, is_loading: bool) -> Hang | None:
         """Checks the workers, at most once a second.

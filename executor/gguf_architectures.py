@@ -49,11 +49,17 @@ class Architecture:
     """Whether models with experts are supported."""
     has_attention: bool = True
     """False: the file has no sizes of heads, nor of MLPs."""
+    also: Collection[str] = ()
+    """Other ``architectures`` whose files have the same name."""
     norm_offset: float = 0.0
     """What the converter added to the weights of norms."""
     configure: Callable[[Fields, Config], None] = nothing
     """Completes the configuration. Takes the header's fields and the configuration, which has the shapes of the file's
     tensors as ``tensors`` meanwhile."""
+
+    def is_of(self, model: str) -> bool:
+        """Whether files of a model of config.json have this architecture's name."""
+        return model == self.model or model in self.also
 
 
 def gemma(fields: Fields, config: Config) -> None:
@@ -524,6 +530,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "command-r": Architecture("CohereForCausalLM", configure=cohere),
     "deepseek2": Architecture(
         "DeepseekV2ForCausalLM",
+        also=("DeepseekV3ForCausalLM",),
         by_head=(MODEL_TENSOR.ATTN_K_B, MODEL_TENSOR.ATTN_V_B),
         has_experts=True,
         configure=deepseek2,
@@ -568,6 +575,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "granitehybrid": Architecture(
         "GraniteMoeHybridForCausalLM",
         PERMUTED,
+        also=("BambaForCausalLM",),
         renames=((r"\.(\d+)\.mamba\.", r".\1.self_attn."),),
         has_experts=True,
         configure=granite_hybrid,
@@ -584,17 +592,23 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         configure=lfm2,
     ),
-    "llama": Architecture("LlamaForCausalLM", PERMUTED, has_experts=True, configure=llama),
+    "llama": Architecture(
+        "LlamaForCausalLM",
+        PERMUTED,
+        also=("MistralForCausalLM", "MixtralForCausalLM"),
+        has_experts=True,
+        configure=llama,
+    ),
     "llama4": Architecture("Llama4ForCausalLM", has_experts=True, configure=llama4),
     "mamba2": Architecture("Mamba2ForCausalLM", renames=MIXER, has_attention=False, configure=mamba2, **STATES),
-    "mistral3": Architecture("Ministral3ForCausalLM", PERMUTED, configure=mistral3),
+    "mistral3": Architecture("Ministral3ForCausalLM", PERMUTED, also=("LlamaForCausalLM",), configure=mistral3),
     "nemotron": Architecture("NemotronForCausalLM"),
     "nemotron_h": Architecture("NemotronHForCausalLM", renames=MIXER, configure=nemotron_h, **STATES),
     "nemotron_h_moe": Architecture(
         "NemotronHForCausalLM", renames=MIXER, has_experts=True, configure=nemotron_h, **STATES
     ),
     "olmo": Architecture("OlmoForCausalLM", PERMUTED, configure=olmo),
-    "olmo2": Architecture("Olmo2ForCausalLM", configure=olmo2),
+    "olmo2": Architecture("Olmo2ForCausalLM", also=("Olmo3ForCausalLM",), configure=olmo2),
     "olmoe": Architecture("OlmoeForCausalLM", has_experts=True, configure=olmoe),
     "phi2": Architecture("PhiForCausalLM"),
     "phi3": Architecture("Phi3ForCausalLM", configure=phi3),

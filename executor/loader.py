@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 
 from executor import language_part
-from executor.attention.base import choose_backends
+from executor.attention.base import AttentionBackend, choose_backends
 from executor.base import Head, ModelError
 from executor.calibration import Sources, calibrate
 from executor.checkpoint import FLOATS, Checkpoint, SafetensorsCheckpoint, StoredTensor
@@ -25,6 +25,7 @@ from executor.config import KV_CODE_NAMES, ModelConfig
 from executor.dense import DenseModule, TokenWeights, load_dense, load_linear
 from executor.gguf import GGUFCheckpoint
 from executor.hf_config import DTYPES, HFConfig
+from executor.layers.attention import Attention
 from executor.layers.context import ModelContext
 from executor.layers.moe import MoE
 from executor.layers.parameter import MISFIT, Part, ShardId, WeightParameter, named_weights, stored_module
@@ -321,8 +322,7 @@ def build_model(model_class: Callable[[ModelContext], M], context: ModelContext,
         layers = model.attention_of_stages or model.attention_layers()
         shapes = [layer.shape for layer in layers]
         backends = choose_backends(context.device.type, shapes, context.dtype, attention_backend)
-        for layer, backend in zip(layers, backends, strict=True):
-            backend.kv_shape(1, backend.block_size, layer.shape, layer.kv_dtype)  # whether it has such a cache
+        check_caches(layers, backends, context.config.source)
     except ValueError as error:
         raise ModelError(str(error)) from error
     except (ArithmeticError, MemoryError, RuntimeError) as error:
@@ -333,6 +333,19 @@ def build_model(model_class: Callable[[ModelContext], M], context: ModelContext,
     for layer, backend in zip(layers, backends, strict=True):
         layer.backend = backend
     return model
+
+
+def check_caches(layers: Sequence[Attention], backends: Sequence[AttentionBackend], source: str) -> None:
+    """Checks that attention layers can have the caches that are asked for.
+
+    Raises:
+        ValueError: One cannot; the message begins with ``source``, as there may be a draft model.
+    """
+    for layer, backend in zip(layers, backends, strict=True):
+        try:
+            backend.kv_shape(1, backend.block_size, layer.shape, layer.kv_dtype)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -601,6 +601,8 @@ class Heartbeat(Message, frozen=True):
     """Rank of the worker."""
     step_id: int
     """The plan's ``step_id``."""
+    forward_ms: float = 0.0
+    """As in ``ModelRunnerOutput``."""
 
 
 class WorkerFailed(Message, frozen=True):

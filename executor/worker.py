@@ -314,7 +314,7 @@ class Worker:
             self._outputs.append(self.runner.finish(step, mask))
             self._send_results()
             if not self.runner.stage.is_last:  # its tokens come later, from the last stage
-                self._send(Heartbeat(self.rank, step.plan.step_id))
+                self._send(Heartbeat(self.rank, step.plan.step_id, step.launch_ms))
 
     def _transfer(self, transfer: KVTransfer) -> None:
         """Begins a transfer. No earlier plan reads or writes its blocks any more."""
@@ -353,7 +353,7 @@ class Worker:
             if self.parallel.is_output_rank:
                 self._send(output)
             elif self.runner.stage.is_last:
-                self._send(Heartbeat(self.rank, output.step_id))
+                self._send(Heartbeat(self.rank, output.step_id, output.forward_ms))
 
     def close(self) -> None:
         """Ends what runs beside the steps."""

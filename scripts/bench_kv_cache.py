@@ -4,9 +4,12 @@
     python scripts/bench_kv_cache.py restart --model folder    first token from --kv-cache-dir, after a restart
     python scripts/bench_kv_cache.py memory --model folder     decode with the cache in a file in memory, or not
     python scripts/bench_kv_cache.py memory --model 1b --load-format dummy
+    python scripts/bench_kv_cache.py kill --model folder       tokens computed again after kill -9 of the worker
 
 ``restart`` asks a server prompts of random tokens, restarts it, drops the files' pages from the page cache, and asks
 the same again; answers must be equal. ``memory`` takes turns, step by step, between two workers in one process.
+``kill`` counts the tokens of finished steps while requests run, with and without a death in the middle of prompts and
+of decoding: steps that were in flight count once, so all others must make the same number.
 """
 
 from __future__ import annotations
@@ -16,24 +19,30 @@ import http.client
 import json
 import os
 import random
+import re
+import signal
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench_models import demo_path
 from bench_step import Steps, folder_of
+from check_faults import find
+from intervals import median_interval
 from processes import Server, signals_as_exceptions
 
 SETTLED = 1.0
 """Seconds without a new file after which all are taken to be written."""
 
 
-def ask(server: Server, model: str, prompt: list[int]) -> tuple[float, str]:
+def ask(server: Server, model: str, prompt: list[int], max_tokens: int = 8) -> tuple[float, str]:
     """Seconds to the first token of a prompt, and the whole answer."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=600)
-    body = {"model": model, "prompt": prompt, "max_tokens": 8, "ignore_eos": True, "stream": True, "temperature": 0}
+    body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True}
+    body |= {"stream": True, "temperature": 0}
     begin = time.monotonic()
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
@@ -103,6 +112,56 @@ def measure_restart(model: str, num_prompts: int, num_tokens: int, flags: list[s
     )
 
 
+def num_computed(server: Server) -> int:
+    """Tokens of all finished steps."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    return sum(int(float(each)) for each in re.findall(r"^vllm:iteration_tokens_total_sum\S* (\S+)$", text, re.M))
+
+
+def run_and_kill(server: Server, prompts: list[list[int]], max_tokens: int, kill_after: float | None) -> int:
+    """Runs prompts at the same time. Returns the tokens of finished steps meanwhile.
+
+    Args:
+        server: The server.
+        prompts: Prompts that are not cached.
+        max_tokens: Tokens of each answer.
+        kill_after: Computed tokens per token of the prompts after which the worker is killed; None: it is not.
+    """
+    begin = num_computed(server)
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        asked = [pool.submit(ask, server, "m", prompt, max_tokens) for prompt in prompts]
+        if kill_after is not None:
+            while num_computed(server) - begin < kill_after * sum(map(len, prompts)):
+                time.sleep(0.01)
+            worker = find(server, "worker")
+            assert worker is not None
+            os.kill(worker[0], signal.SIGKILL)
+        for each in asked:
+            each.result()
+    return num_computed(server) - begin
+
+
+def measure_kill(model: str, num_prompts: int, num_tokens: int, flags: list[str]) -> None:
+    """Prints how many tokens are computed again after a worker's death."""
+    source, max_tokens = random.Random(1), 60
+    command = [sys.executable, "-m", "api", "--model", model, "--port", "{port}", "--served-model-name", "m", *flags]
+    server = Server(command)
+    try:
+        server.wait_ready()
+        counts = []
+        for kill_after in (None, 0.3, 0.7, 1.01, 1.02):
+            prompts = [[source.randrange(100, 200) for _ in range(num_tokens)] for _ in range(num_prompts)]
+            counts.append(run_and_kill(server, prompts, max_tokens, kill_after))
+            if kill_after is not None:
+                again = counts[-1] - counts[0]
+                print(f"killed after {kill_after:.0%} of the prompts: {again} of {counts[0]} tokens again", flush=True)
+    finally:
+        server.stop()
+
+
 def measure_memory(model: str, load_format: str, requests: int, context: int, pairs: int) -> None:
     """Prints the ratio of decode steps per second, file in memory to anonymous memory."""
     descriptor = os.memfd_create("kv")
@@ -123,24 +182,23 @@ def measure_memory(model: str, load_format: str, requests: int, context: int, pa
         taken = {id(steps): steps.run(slots, counts) for steps in order}
         times.append([taken[id(steps)] for steps in kinds])
         ratios.append(times[-1][0] / times[-1][1])
-    ratios.sort()
-    low, high = ratios[len(ratios) // 20], ratios[-1 - len(ratios) // 20]
+    low, high = median_interval(ratios)
     anonymous, file = (statistics.median(column) * 1e3 for column in zip(*times, strict=True))
     print(
         f"decode of {requests} at {context} tokens: anonymous {anonymous:.2f} ms, file in memory {file:.2f} ms; speed "
-        f"{statistics.median(ratios):.3f}x (5 % to 95 %: {low:.3f} to {high:.3f}, {pairs} pairs)"
+        f"{statistics.median(ratios):.3f}x (95 % interval of the median: {low:.3f} to {high:.3f}, {pairs} pairs)"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("restart", "memory"))
+    parser.add_argument("what", choices=("restart", "memory", "kill"))
     parser.add_argument(
         "--model", default=str(demo_path()), help="folder, GGUF file, or for memory a shape of bench_models.py"
     )
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto")
-    parser.add_argument("--tokens", type=int, default=4000, help="restart: length of a prompt")
-    parser.add_argument("--prompts", type=int, default=5, help="restart: number of prompts")
+    parser.add_argument("--tokens", type=int, default=4000, help="restart, kill: length of a prompt")
+    parser.add_argument("--prompts", type=int, default=5, help="restart, kill: number of prompts")
     parser.add_argument("--requests", type=int, default=64, help="memory: rows of a step")
     parser.add_argument("--context", type=int, default=320, help="memory: tokens of each request")
     parser.add_argument("--pairs", type=int, default=100, help="memory: pairs of steps")
@@ -148,6 +206,8 @@ def main() -> None:
     with signals_as_exceptions():
         if options.what == "restart":
             measure_restart(options.model, options.prompts, options.tokens, flags)
+        elif options.what == "kill":
+            measure_kill(options.model, options.prompts, options.tokens, flags)
         else:
             measure_memory(options.model, options.load_format, options.requests, options.context, options.pairs)
 

@@ -5,8 +5,8 @@
     python scripts/bench_lora.py --model smollm2-folder --load-format auto
 
 Each request has an adapter of its own. Arms take turns, step by step; ratios are medians of the ratios of neighbouring
-steps. ``plain`` is a worker without --enable-lora. ``bytes`` is the ratio that the adapters' memory alone would give if
-a step took as long as its weights to read.
+steps, with their 95 % intervals. ``plain`` is a worker without --enable-lora. ``bytes`` is the ratio that the adapters'
+memory alone would give if a step took as long as its weights to read.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 from bench_step import LoadFormat, Steps, folder_of
+from intervals import median_interval
 
 from executor.adapter_files import adapter_hash
 from executor.config import LoRAConfig
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--context", type=int, default=32, help="tokens of each prompt (default: 32)")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=60)
     arguments = parser.parse_args()
     count, context, rounds = arguments.requests, arguments.context, arguments.rounds
     length = context + 2 * rounds + 8
@@ -115,7 +115,7 @@ def main() -> None:
         for name, seconds_of in times.items():
             base = "plain" if name == "none" else "none"
             ratios = [before / after for before, after in zip(times[base], seconds_of, strict=True)]
-            spread = np.quantile(ratios, (0.25, 0.75))
+            spread = median_interval(ratios)
             bound = steps.weight_bytes / (steps.weight_bytes + added.get(name, 0))
             print(
                 f"{name:28} {statistics.median(seconds_of) * 1e3:8.2f} ms  {statistics.median(ratios):.3f}x of {base}"

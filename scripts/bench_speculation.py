@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from unittest import mock
 
 import numpy as np
+from intervals import interval, median_interval
 from msgspec.structs import replace
 
 import api.llm
@@ -219,23 +220,6 @@ def counts(llm: LLM) -> tuple[int, int]:
     """Drafts verified and accepted since the start."""
     stats = llm._model.metrics.scheduler_stats
     return stats.num_draft_tokens, stats.num_accepted_tokens
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean."""
-    if len(values) < 2:
-        return -math.inf, math.inf
-    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    freedom = len(values) - 1
-    t = 1.96 + 2.4 / freedom + 3.2 / freedom**2 if freedom > 2 else 4.303 if freedom == 2 else 12.71
-    return mean - t * error, mean + t * error
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the median, by ranks."""
-    ordered = sorted(values)
-    first = max(0, math.floor(len(values) / 2 - 0.98 * math.sqrt(len(values))))
-    return ordered[first], ordered[-1 - first]
 
 
 NAMES = ["edits", "edits16", "random16", "random64", "chat", "gsm8k", "code", "questions", "draft"]

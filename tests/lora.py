@@ -39,6 +39,7 @@ def write_adapter(
     saved: Sequence[str] = (),
     table: str | None = None,
     tokens: Mapping[str, Sequence[int]] | None = None,
+    stacks: Sequence[str] = (),
     transposed: bool = False,
     scale: float = 0.1,
     **fields: Any,
@@ -56,6 +57,7 @@ def write_adapter(
         saved: Modules that are replaced as a whole.
         table: An embedding with A and B.
         tokens: Ids with vectors of their own, by table.
+        stacks: Parameters of all experts with A and B, the innermost of PEFT's modules first.
         transposed: Weights are stored as [in_features, out_features].
         scale: Of the numbers in A and B.
         fields: More fields of adapter_config.json.
@@ -74,6 +76,12 @@ def write_adapter(
                 tensors[f"{module}.lora_magnitude_vector"] = 1 + random(out, seed=own + 2).abs()
             if module.rpartition(".")[2] in biases:
                 tensors[f"{module}.base_layer.bias"] = random(out, seed=own + 3)
+        if name.rpartition(".")[2] in stacks and weights[name].dim() == 3:
+            count, out, columns = (weights[name].mT if transposed else weights[name]).shape
+            parent, _, leaf = name.rpartition(".")
+            module = parent + ".base_layer" * (len(stacks) - 1 - list(stacks).index(leaf))
+            tensors[f"{module}.lora_A.weight"] = random(count * rank, columns, seed=own, scale=scale)
+            tensors[f"{module}.lora_B.weight"] = random(out, rank * count, seed=own + 1, scale=scale)
         if module in saved:
             tensors[name] = weights[name].float() + random(*weights[name].shape, seed=own + 4)
         if module == table:
@@ -90,6 +98,7 @@ def write_adapter(
         "lora_alpha": alpha,
         "use_dora": dora,
         "target_modules": targets,
+        "target_parameters": list(stacks),
         "bias": "lora_only" if biases else "none",
         "modules_to_save": [name.rpartition(".")[2] for name in saved] or None,
         "fan_in_fan_out": transposed,
@@ -117,10 +126,16 @@ def as_gguf(adapter: Path, arch: str, num_layers: int, heads: Mapping[str, int] 
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", config["lora_alpha"])
+    stacks: dict[str, dict[int, Tensor]] = {}
     arch_id = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch)
     names = gguf.get_tensor_name_map(arch_id, num_layers)
     for stored, tensor in sorted(load_file(adapter / "adapter_model.safetensors").items()):
         module, _, leaf = stored.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        expert = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj", module)
+        if expert is not None:
+            stack = f"blk.{expert[1]}.ffn_{expert[3]}_exps.weight.{leaf.lower()}"
+            stacks.setdefault(stack, {})[int(expert[2])] = tensor
+            continue
         name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
         count = (heads or {}).get(module.rpartition(".")[2])
         if leaf == "lora_B" and count:
@@ -129,6 +144,8 @@ def as_gguf(adapter: Path, arch: str, num_layers: int, heads: Mapping[str, int] 
         if leaf == "lora_embedding_A":
             tensor = tensor.T.contiguous()
         writer.add_tensor(f"{name}.{leaf.replace('embedding_', '').lower()}", tensor.numpy())
+    for name, found in stacks.items():
+        writer.add_tensor(name, torch.stack([found[index] for index in range(len(found))]).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -138,6 +155,17 @@ def as_gguf(adapter: Path, arch: str, num_layers: int, heads: Mapping[str, int] 
 
 def _of(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), default)
+
+
+def _merge_stack(weights: dict[str, Tensor], module: str, config: Mapping[str, Any], a: Tensor, b: Tensor) -> None:
+    """The formula of PEFT's ``ParamWrapper.get_delta_weight``."""
+    depth = module.count(".base_layer")
+    name = f"{module.replace('.base_layer', '')}.{config['target_parameters'][-1 - depth]}"
+    count = len(weights[name])
+    rank = len(a) // count
+    pieces = b.reshape(len(b), rank, count), a.reshape(count, rank, -1)
+    change = config["lora_alpha"] / rank * torch.einsum("ore,eri->eoi", *pieces)
+    weights[name] = weights[name] + (change.mT if config["fan_in_fan_out"] else change)
 
 
 def merge(base: Path, adapter: Path) -> Path:
@@ -152,7 +180,11 @@ def merge(base: Path, adapter: Path) -> Path:
             weight = f"{module}.weight"
             alpha = _of(config.get("alpha_pattern", {}), module, config["lora_alpha"])
             factor = alpha / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
-            change = factor * tensors[f"{module}.lora_B.weight"] @ a
+            b = tensors[f"{module}.lora_B.weight"]
+            if weight not in weights:
+                _merge_stack(weights, module, config, a, b)
+                continue
+            change = factor * b @ a
             merged = weights[weight] + (change.T if config["fan_in_fan_out"] else change)
             if config["use_dora"]:
                 merged *= (tensors[f"{module}.lora_magnitude_vector"] / merged.norm(dim=1))[:, None]

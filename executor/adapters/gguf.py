@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from executor.base import ModelError
 from executor.checkpoint import StoredTensor
 from executor.gguf import PLAIN_TYPES, SUFFIXES, dequantize_to, group, unpermute
 from executor.gguf_architectures import ARCHITECTURES, Architecture
+from executor.gguf_experts import gguf_name as expert_name
 from executor.hf_config import HFConfig, shorten
 
 MAGIC = b"GGUF"
@@ -29,6 +31,7 @@ VERSIONS = (2, 3)
 MAX_ENTRIES = 1 << 20
 MAX_DIMS = 4
 LEAVES = re.compile(r"^(.*)\.(lora_[ab])$")
+EXPERTS = re.compile(r"^(blk\.\d+\.ffn_(?:gate|up|down))_exps\.weight\.(lora_[ab])$")
 _FORMATS = {
     GGUFValueType.UINT8: "<B",
     GGUFValueType.INT8: "<b",
@@ -153,15 +156,15 @@ def read_gguf_adapter(
     if metadata.get("general.type") != "adapter" or metadata.get("adapter.type") != "lora":
         raise ModelError(f"{files.path}: general.type and adapter.type are not those of a LoRA adapter")
     arch = metadata.get("general.architecture")
-    if not isinstance(arch, str) or arch not in ARCHITECTURES or ARCHITECTURES[arch].model != config.architecture:
+    if not isinstance(arch, str) or arch not in ARCHITECTURES or not ARCHITECTURES[arch].is_of(config.architecture):
         raise ModelError(
             f"{files.path}: general.architecture is {shorten(repr(arch))}, and the model is {config.architecture}"
         )
     names = Names(arch, config)
-    known = {names.gguf_name(module): module for module in modules}
+    known = {expert_name(f"{module}.weight") or names.gguf_name(module): module for module in modules}
     result: dict[str, ModuleTensors] = {}
-    ranks: dict[str, float] = {}
-    for entry in entries:
+    ranks: dict[str, int] = {}
+    for entry in chain.from_iterable(map(_experts_apart, entries)):
         leaf = LEAVES.match(entry.name)
         module = None if leaf is None else known.get(leaf[1])
         if leaf is None or module is None:
@@ -172,15 +175,32 @@ def read_gguf_adapter(
         origin = f"{files.path}: tensor {entry.name!r}"
         tensors.stored[kind] = StoredTensor(entry.name, origin, entry.num_bytes, read)
         if leaf[2] == "lora_b":
-            ranks[re.escape(module)] = entry.shape[-1]
+            ranks[module] = entry.shape[-1]
     alpha = metadata.get("adapter.lora.alpha", 0.0)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ModelError(f"{files.path}: adapter.lora.alpha is not a number")
     if not result:
         raise ModelError(f"{files.path}: the adapter has no tensors")
-    # Without alpha, the product is added as it is.
-    alphas = {} if alpha else ranks
-    return PeftConfig(str(files.path), 1, float(alpha), rank_pattern=ranks, alpha_pattern=alphas), result
+    return GGUFConfig(str(files.path), 1, float(alpha), ranks=ranks), result
+
+
+class GGUFConfig(PeftConfig):
+    """What the metadata says. Without alpha, products are added as they are."""
+
+    def factor(self, module: str, rank: int) -> float:
+        return super().factor(module, rank) if self.alpha else self.scale
+
+
+def _experts_apart(entry: Entry) -> Iterator[Entry]:
+    """The tensor itself, or one for each expert, named as in older files; see ``executor/gguf_experts.py``."""
+    found = EXPERTS.match(entry.name)
+    if found is None or len(entry.shape) != 3:
+        yield entry
+        return
+    count = entry.num_bytes // max(entry.shape[0], 1)
+    for expert in range(entry.shape[0]):
+        name = f"{found[1]}.{expert}.weight.{found[2]}"
+        yield Entry(name, entry.shape[1:], entry.kind, entry.offset + expert * count, count)
 
 
 class Names:

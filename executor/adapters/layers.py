@@ -13,6 +13,7 @@ from executor.adapters.peft import ModuleTensors, PeftConfig
 from executor.base import ModelError
 from executor.layers.embedding import VocabParallelEmbedding
 from executor.layers.linear import LinearLayer
+from executor.layers.moe import SmallLinear
 from executor.layers.parameter import Part, ShardId, Weights
 from executor.quantization.packed import PackedWeights
 from ops import Adapter, PackedAdapter, TableAdapter
@@ -26,7 +27,7 @@ class LinearTarget:
     """A projection of a linear layer."""
 
     name: str
-    layer: LinearLayer
+    layer: LinearLayer | SmallLinear
     shard_id: ShardId
 
 

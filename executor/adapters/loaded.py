@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from executor.adapter_files import read_adapter_files, with_scale
+from executor.adapters.experts import of_each_expert
 from executor.adapters.gguf import read_gguf_adapter
 from executor.adapters.layers import Change, LinearTarget, TableTarget, linear_change, logits_change, table_change
 from executor.adapters.peft import ModuleTensors, PeftConfig, read_config, read_modules
@@ -17,8 +18,9 @@ from executor.base import ModelError
 from executor.config import LoRAConfig
 from executor.hf_config import DTYPES, shorten
 from executor.layers.embedding import VocabParallelEmbedding
+from executor.layers.latent_attention import UpProjection
 from executor.layers.linear import LinearLayer
-from executor.layers.moe import MoE
+from executor.layers.moe import MoE, SmallLinear
 from executor.layers.parameter import stored_module
 from executor.loader import LoadedModel, mapper_of
 from executor.messages import LoRARequest
@@ -68,10 +70,10 @@ class LoadedAdapters:
         self._linears: dict[str, LinearTarget] = {}
         """Projections by their names in checkpoints, which have the model's names."""
         self._tables: dict[str, TableTarget] = {}
-        self._unsupported: list[str] = []
-        """Prefixes of modules whose products are not those of layers."""
         self._experts: list[str] = []
         """Prefixes of experts, which keep their weights."""
+        self._absorbed: set[str] = set()
+        """Matrices between latents and heads."""
         self._loaded: dict[int, list[Change]] = {}
         for name, module in loaded.model.named_modules():
             self._find(name, module)
@@ -80,12 +82,11 @@ class LoadedAdapters:
                 self._tables[other] = self._tables[name]
 
     def _find(self, name: str, module: nn.Module) -> None:
+        if isinstance(module, UpProjection):
+            self._absorbed.add(name)
         if isinstance(module, MoE):
-            self._unsupported.append(f"{name}.gate")
             self._experts.append(f"{name}.experts.")
-        if any(name.startswith(prefix) for prefix in self._unsupported):
-            return
-        if isinstance(module, LinearLayer) and module.weights.adapters is not None:
+        if isinstance(module, LinearLayer | SmallLinear) and module.weights.adapters is not None:
             for shard_id in module.shape.outputs:
                 self._linears[stored_module(name, shard_id)] = LinearTarget(name, module, shard_id)
         elif isinstance(module, VocabParallelEmbedding) and module.weights.table_adapters is not None:
@@ -123,8 +124,7 @@ class LoadedAdapters:
         if with_scale(files.content_hash, adapter.scale) != adapter.content_hash:
             raise ModelError(f"{adapter.path}: the adapter's files have changed; load it again")
         if files.config:
-            config, modules = read_config(files.config, files.path), read_modules(files)
-            modules = {self._model_name(each.name): each for each in modules.values()}
+            config, modules = read_config(files.config, files.path), self._with_model_names(read_modules(files))
         else:
             known = [*self._linears, *self._tables]
             config, modules = read_gguf_adapter(files, self._hf_config, known)
@@ -142,9 +142,15 @@ class LoadedAdapters:
         for change in self._loaded.pop(number, ()):
             change.put(number)
 
-    def _model_name(self, module: str) -> str:
-        """The model's name of a module in Hugging Face's files."""
-        return self._mapper.name(f"{module}.weight").removesuffix(".weight")
+    def _with_model_names(self, stored: dict[str, ModuleTensors]) -> dict[str, ModuleTensors]:
+        """An adapter's modules by the model's names, those of stacked experts one by one."""
+        modules: dict[str, ModuleTensors] = {}
+        for tensors in stored.values():
+            name = self._mapper.name(f"{tensors.name}.weight").removesuffix(".weight")
+            is_stack = name not in self._linears and name not in self._tables
+            experts = of_each_expert(tensors, self._mapper, self._linears) if is_stack else {}
+            modules |= experts or {name: tensors}
+        return modules
 
     def _changes(self, config: PeftConfig, modules: dict[str, ModuleTensors]) -> list[Change]:
         """What an adapter changes, layer by layer. ``modules`` have the model's names."""
@@ -180,8 +186,11 @@ class LoadedAdapters:
             )
 
     def _why_unknown(self, name: str, tensors: ModuleTensors) -> str:
-        if any(name.startswith(prefix) for prefix in self._unsupported):
-            return f"adapters of routers ({shorten(tensors.name)}) are not supported yet"
+        if name in self._absorbed:
+            return (
+                f"{shorten(tensors.name)}, which attention multiplies with its queries and results, can have no "
+                "adapter yet; merge the adapter into the model"
+            )
         return (
             f"the model has no layer {shorten(tensors.name)} that an adapter can change{_closest(name, self._linears)}"
         )

@@ -27,7 +27,6 @@ REFUSED = {
     "alora_invocation_tokens": "activated adapters (aLoRA)",
     "arrow_config": "Arrow's routing",
     "layer_replication": "replicated layers",
-    "target_parameters": "adapters of parameters that are no linear layers",
     "use_bdlora": "BD-LoRA",
     "use_qalora": "QA-LoRA",
 }
@@ -62,6 +61,8 @@ class PeftConfig:
     """Tokens with vectors of their own, by the last component of the table's name; empty name: of any."""
     scale: float = 1.0
     """Factor of all products."""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Ranks of modules by their names, which patterns would take too long to find."""
 
     def factor(self, module: str, rank: int) -> float:
         """The factor of a module's product with A and B."""
@@ -69,7 +70,7 @@ class PeftConfig:
         return self.scale * alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def rank_of(self, module: str) -> int:
-        return int(_of_module(self.rank_pattern, module, self.rank))
+        return self.ranks.get(module) or int(_of_module(self.rank_pattern, module, self.rank))
 
 
 def _of_module(patterns: Mapping[str, float], module: str, default: float) -> float:

@@ -42,8 +42,28 @@ def routing_of(config: HFConfig, num_experts: int, routing: Routing) -> Routing:
     return routing
 
 
-class Router(nn.Module):
-    """Chooses the experts of a token. Its weights are never quantised while they are loaded."""
+class SmallLinear(nn.Module):
+    """A product with float32 results, which say how much of other layers counts. Its weights are never quantised while
+    they are loaded."""
+
+    def __init__(self, context: ModelContext, out_features: int, *, bias: bool = False) -> None:
+        super().__init__()
+        columns, rows = Part.whole(context.config.hidden_size), Part.whole(out_features)
+        self.shape = LinearShape(columns, {None: rows}, bias, False, context.dtype, context.device)
+        self.weights = choose_quantization(None, None).linear_method(["gate"]).create(self.shape)
+        if context.max_adapters:
+            self.weights.adapters = ops.AdapterTable(context.max_adapters)
+
+    def logits(self, x: Tensor, batch: InputBatch) -> Tensor:
+        """``x`` [num_tokens, hidden_size] -> float32 [num_tokens, out_features]."""
+        weights = self.weights
+        if weights.adapters is not None:
+            return ops.adapted_logits(x, weights.packed, weights.bias, weights.adapters, batch.row_adapters)
+        return ops.logits(x, weights.packed, weights.bias)
+
+
+class Router(SmallLinear):
+    """Chooses the experts of a token."""
 
     def __init__(
         self,
@@ -65,36 +85,30 @@ class Router(nn.Module):
             is_corrected: Whether scores have a bias that counts for the choice alone.
             has_factors: Whether the weights of each expert have a factor.
         """
-        super().__init__()
+        super().__init__(context, num_experts, bias=bias)
         self.routing = routing
-        columns, rows = Part.whole(context.config.hidden_size), Part.whole(num_experts)
-        shape = LinearShape(columns, {None: rows}, bias, False, context.dtype, context.device)
-        self.weights = choose_quantization(None, None).linear_method(["gate"]).create(shape)
 
         def vector() -> WeightParameter:
+            rows = Part.whole(num_experts)
             return WeightParameter.empty(single(rows), dtype=torch.float32, device=context.device)
 
         self.e_score_correction_bias = vector() if is_corrected else None
         self.per_expert_scale = vector() if has_factors else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
         """``x`` [num_tokens, hidden_size] -> float32 [num_tokens, num_experts], as ``ops.route`` returns it."""
-        logits = ops.logits(x, self.weights.packed, self.weights.bias)
-        return ops.route(logits, self.routing, self.e_score_correction_bias, self.per_expert_scale)
+        return ops.route(self.logits(x, batch), self.routing, self.e_score_correction_bias, self.per_expert_scale)
 
 
-class RowGate(nn.Module):
+class RowGate(SmallLinear):
     """A number for each token."""
 
     def __init__(self, context: ModelContext) -> None:
-        super().__init__()
-        columns = Part.whole(context.config.hidden_size)
-        shape = LinearShape(columns, {None: Part.whole(1)}, False, False, context.dtype, context.device)
-        self.weights = choose_quantization(None, None).linear_method(["gate"]).create(shape)
+        super().__init__(context, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
         """``x`` [num_tokens, hidden_size] -> float32 [num_tokens, 1]."""
-        return ops.logits(x, self.weights.packed)
+        return self.logits(x, batch)
 
 
 class Expert(nn.Module):
@@ -195,8 +209,8 @@ class MoE(nn.Module):
             [num_tokens, hidden_size].
         """
         shared = self.get_submodule(self._shared)(x, batch) if self._shared else None
-        gate = self.get_submodule(self._shared_gate)(x) if self._shared_gate else None
-        routed = self.gate(x) if routed is None else routed
+        gate = self.get_submodule(self._shared_gate)(x, batch) if self._shared_gate else None
+        routed = self.gate(x, batch) if routed is None else routed
         own = self.apply_experts(x, batch, routed, shared, gate)
         if self.communicator.cuts_sums:
             return ops.all_reduce(own, self.communicator)

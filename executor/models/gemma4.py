@@ -121,8 +121,8 @@ class Gemma4Router(Router):
         self.norm = gemma4_norm(context, context.config.hidden_size)
         self.factor = context.config.hidden_size**-0.5
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(ops.scale(self.norm(x), self.factor))
+    def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
+        return super().forward(ops.scale(self.norm(x), self.factor), batch)
 
 
 class Gemma4Layer(DecoderLayer):
@@ -157,7 +157,7 @@ class Gemma4Layer(DecoderLayer):
         out = self.self_attn(self.norm(names.before_attention, hidden), batch)
         hidden = self.add(hidden, self.norm(names.after_attention, out))
         out = self.post_feedforward_layernorm_1(self.mlp(self.norm(names.before_mlp, hidden), batch))
-        others = self.moe(self.pre_feedforward_layernorm_2(hidden), batch, self.moe.gate(hidden))
+        others = self.moe(self.pre_feedforward_layernorm_2(hidden), batch, self.moe.gate(hidden, batch))
         return self.add(hidden, self.norm(names.after_mlp, out + self.post_feedforward_layernorm_2(others)))
 
     def finish(self, hidden: Tensor, batch: InputBatch, layer_input: Tensor | None) -> Tensor:

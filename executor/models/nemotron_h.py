@@ -87,7 +87,7 @@ class Experts(MoE):
         """As of ``MoE``."""
         if self.fc1_latent_proj is None or self.fc2_latent_proj is None:
             return super().forward(x, batch, routed)
-        routed = self.gate(x) if routed is None else routed
+        routed = self.gate(x, batch) if routed is None else routed
         out = self.apply_experts(self.fc1_latent_proj(x, batch), batch, routed)
         shared: Tensor = self.get_submodule("shared_experts")(x, batch)
         wide: Tensor = self.fc2_latent_proj(out, batch)

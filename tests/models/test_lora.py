@@ -156,6 +156,26 @@ def experts_without_gates_of_latents() -> tuple[Path, ...]:
     return base, *two(base, targets=r"experts\.\d+\.(up|down)_proj$|fc1_latent_proj$")
 
 
+@case
+def experts_in_stacks() -> tuple[Path, ...]:
+    """As PEFT writes them with transformers 5, and the router that chooses them."""
+    base = tiny.checkpoint("mixtral")
+    stacks = ("gate_up_proj", "down_proj")
+    return base, write_adapter(base, targets="gate$|v_proj$", stacks=stacks), write_adapter(base, stacks=stacks[1:])
+
+
+@case
+def gates_and_ups_that_alternate() -> tuple[Path, ...]:
+    base = tiny.checkpoint("gpt_oss")
+    return base, write_adapter(base, targets="none", stacks=("gate_up_proj", "down_proj"), transposed=True)
+
+
+@case
+def gates_of_experts() -> tuple[Path, ...]:
+    base = tiny.checkpoint("qwen2_moe")
+    return base, write_adapter(base, targets="gate$|shared_expert.down_proj$")
+
+
 def per_expert(folder: Path) -> Path:
     """The checkpoint with a tensor for each expert, as on the hub."""
     target = Path(tempfile.mkdtemp(prefix="mixtral-", dir=tiny.session_folder()))
@@ -202,6 +222,16 @@ def test_adapters_of_llama_cpp(base_kind: str) -> None:
         damaged.write_bytes(data)
         with pytest.raises(ModelError, match=r"not a GGUF file, or a damaged one|general.architecture is 'qwen2'"):
             adapted(base, damaged)
+
+
+def test_experts_of_llama_cpp() -> None:
+    folder = per_expert(tiny.checkpoint("mixtral"))
+    config = json.loads((folder / "config.json").read_text())
+    adapter = write_adapter(folder, targets=r"experts\.\d+\.\w+_proj$|mlp\.gate$|v_proj$")
+    loaded, _ = adapted(folder, as_gguf(adapter, "llama", config["num_hidden_layers"]))
+    step = [Chunk(0, random_tokens(20), 1)]
+    expected = Runner(load(merge(folder, adapter))).step([Chunk(0, random_tokens(20))])
+    torch.testing.assert_close(Runner(loaded).step(step), expected, rtol=0, atol=5e-5)
 
 
 def test_eager() -> None:
@@ -336,11 +366,23 @@ def test_files() -> None:
         check_adapters(CONFIG, loaded, 2, "cpu")
 
 
-def test_routers_are_refused() -> None:
+def test_stacks_that_do_not_fit() -> None:
     base = tiny.checkpoint("mixtral")
     _, adapters = adapted(base)
-    with pytest.raises(ModelError, match="adapters of routers"):
-        adapters.load(1, request(write_adapter(base, targets="gate$")))
+    folder = write_adapter(base, targets="none", stacks=("down_proj",))
+    stored = load_file(folder / "adapter_model.safetensors")
+    for kind, message in (("A", r"both must be the rank times \d+ experts"), ("B", r"down_proj has \d+ results of")):
+        cut = {name: tensor[1:].clone() if f"lora_{kind}" in name else tensor for name, tensor in stored.items()}
+        save_file(cut, folder / "adapter_model.safetensors")
+        with pytest.raises(ModelError, match=message):
+            adapters.load(1, request(folder))
+
+
+def test_matrices_between_latents_and_heads() -> None:
+    base = tiny.checkpoint("deepseek_v3")
+    _, adapters = adapted(base)
+    with pytest.raises(ModelError, match=r"self_attn.kv_b_proj, which attention multiplies .* no adapter yet"):
+        adapters.load(1, request(write_adapter(base, targets="kv_b_proj$")))
 
 
 def test_memory_is_known() -> None:

@@ -183,11 +183,24 @@ def test_a_step_that_does_not_end() -> None:
     machine = Machine()
     watch = watcher(machine, 11, 12)
     for number in range(1, 5):
-        watch.step_done(Step(number), 0.02)
+        watch.heard(0, number, 0.02)
+        watch.step_done(Step(number))
     watch.heard(0, 6)
     watch.heard(1, 4)
     seconds, problem = seconds_until_hung(machine, watch, Step(5), Step(6))
     assert seconds == MIN_DEADLINE and "worker 1 (pid 12)" in problem and "10 s" in problem
+
+
+def test_a_step_takes_as_long_as_its_slowest_stage() -> None:
+    machine = Machine()
+    watch = watcher(machine, 11, 12)
+    for number in range(1, 5):
+        watch.heard(0, number, 8.0)
+        watch.heard(1, number, 0.02)
+        watch.step_done(Step(number))
+    watch.heard(1, 3, 99.0)  # late: the step is done
+    assert watch.times.predict(Step(5).num_tokens, Step(5).num_attended) == pytest.approx(8.0)
+    assert seconds_until_hung(machine, watch, Step(5))[0] == 80.0
 
 
 def test_a_worker_that_answers_in_time_is_left_alone() -> None:
@@ -196,8 +209,8 @@ def test_a_worker_that_answers_in_time_is_left_alone() -> None:
     for number in range(1, 100):
         machine.passes(8.0)
         assert watch.hung([Step(number)], is_loading=False) is None
-        watch.heard(0, number)
-        watch.step_done(Step(number), 0.02)
+        watch.heard(0, number, 0.02)
+        watch.step_done(Step(number))
     for _ in range(100):  # nothing is wanted of it
         machine.passes(1.0)
         assert watch.hung([], is_loading=False) is None

@@ -136,7 +136,7 @@ def test_all_ranks_answer_a_step() -> None:
     watch.heard(0, 2)
     watch.heard(1, 1)
     assert watch.all_answered(1) and not watch.all_answered(2)
-    watch.step_done(Step(1), 0.1)
+    watch.step_done(Step(1))
     watch.started([13, 14])
     assert not watch.all_answered(1), "new workers have answered nothing"
     assert watcher(Machine()).all_answered(5)  # nobody is watched

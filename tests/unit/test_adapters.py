@@ -263,9 +263,16 @@ async def test_adapters_at_start(server: FakeServer, folder: Path, monkeypatch: 
         def download(self, patterns: object) -> Path:
             return folder / "two"
 
+        def fetch(self, file: str) -> Path | None:
+            return folder / file if file == "three.gguf" else None
+
     monkeypatch.setattr(adapter_files, "open_hub", lambda repository, *_: Hub())
     adapters = Adapters(server.model)
     await adapters.load_all([f"a={folder}/one", '{"name": "b", "path": "owner/name", "scale": 2}'])
-    assert [view.root for view in adapters.models] == [f"{folder}/one", "owner/name"]
+    (folder / "three.gguf").write_bytes(b"GGUF")
+    await adapters.load_all(["c=owner/name/three.gguf"])
+    assert [view.root for view in adapters.models] == [f"{folder}/one", "owner/name", "owner/name/three.gguf"]
     with pytest.raises(EngineDeadError, match="--lora-modules c=nothing: .*no such folder"):
         await adapters.load_all(["c=nothing"])
+    with pytest.raises(EngineDeadError, match="owner/name/four.gguf: .*the repository has no four.gguf"):
+        await adapters.load_all(["d=owner/name/four.gguf"])

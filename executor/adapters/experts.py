@@ -1,0 +1,130 @@
+"""Adapters of the stacks in which transformers holds experts (PEFT's ``target_parameters``): one pair of matrices for
+all experts of a layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from executor.adapters.layers import LinearTarget
+from executor.adapters.peft import ModuleTensors
+from executor.base import ModelError
+from executor.checkpoint import StoredTensor
+from executor.hf_config import shorten
+from executor.weights_mapper import Cut, WeightsMapper
+
+STACKS = ("gate_up_proj", "down_proj", "up_proj", "weight")
+"""Parameters of transformers' modules. PEFT writes the adapters of several under nested names, which do not say which
+is whose: their sizes do."""
+MODULE = re.compile(r"^(.*?)(?:\.base_layer)*$")
+EXPERT = re.compile(r"^.*\.experts\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """A projection of one expert."""
+
+    name: str
+    """In the model."""
+    expert: int
+    target: LinearTarget
+    cut: Cut
+    """What takes its weight out of the stack."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.target.layer.shape.outputs[self.target.shard_id].full
+
+    @property
+    def num_inputs(self) -> int:
+        return self.target.layer.shape.input.full
+
+    def rows(self, num_experts: int, out_features: int, in_features: int) -> Tensor:
+        """Which results of the stack are this projection's, int64 [num_rows], however weights are stored."""
+        numbers = torch.arange(out_features)
+        either = numbers[:, None].expand(-1, in_features), numbers.expand(in_features, -1)
+        for matrix in either:
+            found = self.cut(matrix.expand(num_experts, -1, -1))
+            if found.shape == (self.num_rows, in_features) and torch.equal(found[:, 0], found[:, -1]):
+                return found[:, 0]
+        raise AssertionError(f"no layout of {self.name} fits its stack")
+
+
+def of_each_expert(
+    tensors: ModuleTensors, mapper: WeightsMapper, linears: Mapping[str, LinearTarget]
+) -> dict[str, ModuleTensors]:
+    """The adapter of a stack, taken apart.
+
+    Args:
+        tensors: A [experts * rank, in_features], an expert's rows one after the other, and B [out_features, rank *
+            experts], a rank's columns one after the other.
+        mapper: The names of the model's checkpoints.
+        linears: The model's projections.
+
+    Returns:
+        An adapter for each projection of each expert, by its name in the model; empty: it is none of a stack.
+
+    Raises:
+        ModelError: Its sizes are those of none of the layer's stacks.
+    """
+    module = MODULE.match(tensors.name)
+    assert module is not None, "it matches anything"
+    wanted = {f"{name}.weight" for name in linears}
+    stacks = {leaf: _projections(mapper, f"{module[1]}.{leaf}", wanted, linears) for leaf in STACKS}
+    stacks = {leaf: found for leaf, found in stacks.items() if found}
+    if not stacks or not tensors.stored.keys() >= {"a", "b"}:
+        return {}
+    a, b = tensors.read("a", -1, -1), tensors.read("b", -1, -1)
+    known = []
+    for leaf, found in stacks.items():
+        results, inputs = sum(each.num_rows for each in found if not each.expert), found[0].num_inputs
+        if (len(b), a.shape[1]) == (results, inputs):
+            return _apart(ModuleTensors(f"{module[1]}.{leaf}", tensors.stored), found, a, b)
+        known.append(f"{leaf} has {results} results of {inputs} inputs")
+    raise ModelError(
+        f"{tensors.stored['a'].origin} has {a.shape[1]} inputs, and B {len(b)} results; of the experts of "
+        f"{shorten(module[1])}, {', '.join(known)}"
+    )
+
+
+def _projections(
+    mapper: WeightsMapper, stored: str, wanted: set[str], linears: Mapping[str, LinearTarget]
+) -> list[_Projection]:
+    """The projections that a stack holds."""
+    result = []
+    for name, cut in mapper.parts(stored, wanted):
+        module = name.removesuffix(".weight")
+        expert = EXPERT.match(module)
+        if name in wanted and expert is not None:
+            result.append(_Projection(module, int(expert[1]), linears[module], cut))
+    return result
+
+
+def _apart(tensors: ModuleTensors, projections: list[_Projection], a: Tensor, b: Tensor) -> dict[str, ModuleTensors]:
+    """The pieces, which are named like the stack: patterns of ranks are."""
+    count = 1 + max(each.expert for each in projections)
+    if len(a) % count or b.shape[1] != len(a):
+        raise ModelError(
+            f"{tensors.stored['a'].origin} has {len(a)} rows, and B {b.shape[1]} columns; both must be the rank times "
+            f"{count} experts"
+        )
+    of_a, of_b = a.view(count, -1, a.shape[1]), b.view(len(b), -1, count)
+    rows: dict[str, Tensor] = {}
+    result = {}
+    for each in projections:
+        leaf = each.name.rpartition(".")[2]
+        if leaf not in rows:
+            rows[leaf] = each.rows(count, len(b), a.shape[1])
+        pieces = {"a": of_a[each.expert], "b": of_b[rows[leaf], :, each.expert]}
+        result[each.name] = ModuleTensors(
+            tensors.name, {kind: _read_before(tensors.stored[kind], piece) for kind, piece in pieces.items()}
+        )
+    return result
+
+
+def _read_before(whole: StoredTensor, piece: Tensor) -> StoredTensor:
+    return StoredTensor(whole.name, whole.origin, piece.nbytes, lambda dtype: piece)
