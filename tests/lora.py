@@ -131,9 +131,10 @@ def as_gguf(adapter: Path, arch: str, num_layers: int, heads: Mapping[str, int] 
     names = gguf.get_tensor_name_map(arch_id, num_layers)
     for stored, tensor in sorted(load_file(adapter / "adapter_model.safetensors").items()):
         module, _, leaf = stored.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        expert = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj", module)
+        expert = re.fullmatch(r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])", module)
         if expert is not None:
-            stack = f"blk.{expert[1]}.ffn_{expert[3]}_exps.weight.{leaf.lower()}"
+            kind = {"w1": "gate", "w2": "down", "w3": "up"}[expert[3]]
+            stack = f"blk.{expert[1]}.ffn_{kind}_exps.weight.{leaf.lower()}"
             stacks.setdefault(stack, {})[int(expert[2])] = tensor
             continue
         name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
@@ -164,7 +165,7 @@ def _merge_stack(weights: dict[str, Tensor], module: str, config: Mapping[str, A
     count = len(weights[name])
     rank = len(a) // count
     pieces = b.reshape(len(b), rank, count), a.reshape(count, rank, -1)
-    change = config["lora_alpha"] / rank * torch.einsum("ore,eri->eoi", *pieces)
+    change = config["lora_alpha"] / rank * torch.einsum("abe,ebc->eac", *pieces)
     weights[name] = weights[name] + (change.mT if config["fan_in_fan_out"] else change)
 
 

@@ -159,21 +159,42 @@ def experts_without_gates_of_latents() -> tuple[Path, ...]:
 @case
 def experts_in_stacks() -> tuple[Path, ...]:
     """As PEFT writes them with transformers 5, and the router that chooses them."""
-    base = tiny.checkpoint("mixtral")
-    stacks = ("gate_up_proj", "down_proj")
-    return base, write_adapter(base, targets="gate$|v_proj$", stacks=stacks), write_adapter(base, stacks=stacks[1:])
+    base, stacks = in_stacks(tiny.checkpoint("mixtral")), ("gate_up_proj", "down_proj")
+    adapter = write_adapter(base, targets="gate$|v_proj$", stacks=stacks)
+    return base, adapter, write_adapter(base, targets="none", seed=2, rank=3, stacks=stacks[1:])
 
 
 @case
 def gates_and_ups_that_alternate() -> tuple[Path, ...]:
     base = tiny.checkpoint("gpt_oss")
-    return base, write_adapter(base, targets="none", stacks=("gate_up_proj", "down_proj"), transposed=True)
+    return base, *two(base, targets="none", stacks=("gate_up_proj", "down_proj"), transposed=True)
 
 
 @case
 def gates_of_experts() -> tuple[Path, ...]:
     base = tiny.checkpoint("qwen2_moe")
-    return base, write_adapter(base, targets="gate$|shared_expert.down_proj$")
+    return base, *two(base, targets="gate$|shared_expert.down_proj$")
+
+
+def in_stacks(folder: Path) -> Path:
+    """A Mixtral with a tensor for all experts, as transformers holds it."""
+    target = Path(tempfile.mkdtemp(prefix="mixtral-", dir=tiny.session_folder()))
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    tensors = {}
+    experts: dict[str, dict[int, torch.Tensor]] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        found = re.fullmatch(r"(.*)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight", name)
+        if found is None:
+            tensors[name.replace(".block_sparse_moe.", ".mlp.")] = tensor
+        else:
+            experts.setdefault(f"{found[1]}.mlp.experts.{found[3]}", {})[int(found[2])] = tensor
+    stacks = {name: torch.stack([each[index] for index in range(len(each))]) for name, each in experts.items()}
+    for name in [name for name in stacks if name.endswith("w1")]:
+        prefix = name.removesuffix("w1")
+        tensors[f"{prefix}gate_up_proj"] = torch.cat((stacks[name], stacks[f"{prefix}w3"]), 1)
+        tensors[f"{prefix}down_proj"] = stacks[f"{prefix}w2"]
+    save_file(tensors, target / "model.safetensors")
+    return target
 
 
 def per_expert(folder: Path) -> Path:
@@ -225,9 +246,9 @@ def test_adapters_of_llama_cpp(base_kind: str) -> None:
 
 
 def test_experts_of_llama_cpp() -> None:
-    folder = per_expert(tiny.checkpoint("mixtral"))
+    folder = tiny.checkpoint("mixtral")
     config = json.loads((folder / "config.json").read_text())
-    adapter = write_adapter(folder, targets=r"experts\.\d+\.\w+_proj$|mlp\.gate$|v_proj$")
+    adapter = write_adapter(folder, targets=r"experts\.\d+\.w[123]$|\.gate$|v_proj$")
     loaded, _ = adapted(folder, as_gguf(adapter, "llama", config["num_hidden_layers"]))
     step = [Chunk(0, random_tokens(20), 1)]
     expected = Runner(load(merge(folder, adapter))).step([Chunk(0, random_tokens(20))])
@@ -367,7 +388,7 @@ def test_files() -> None:
 
 
 def test_stacks_that_do_not_fit() -> None:
-    base = tiny.checkpoint("mixtral")
+    base = in_stacks(tiny.checkpoint("mixtral"))
     _, adapters = adapted(base)
     folder = write_adapter(base, targets="none", stacks=("down_proj",))
     stored = load_file(folder / "adapter_model.safetensors")

@@ -272,7 +272,7 @@ async def test_adapters_at_start(server: FakeServer, folder: Path, monkeypatch: 
     (folder / "three.gguf").write_bytes(b"GGUF")
     await adapters.load_all(["c=owner/name/three.gguf"])
     assert [view.root for view in adapters.models] == [f"{folder}/one", "owner/name", "owner/name/three.gguf"]
-    with pytest.raises(EngineDeadError, match="--lora-modules c=nothing: .*no such folder"):
-        await adapters.load_all(["c=nothing"])
+    with pytest.raises(EngineDeadError, match="--lora-modules d=nothing: .*no such folder"):
+        await adapters.load_all(["d=nothing"])
     with pytest.raises(EngineDeadError, match="owner/name/four.gguf: .*the repository has no four.gguf"):
         await adapters.load_all(["d=owner/name/four.gguf"])
