@@ -107,8 +107,8 @@ FOLDERS: dict[str, set[str]] = {
     },
     "executor/quantization": {"base", "checkpoint", "config", "input_batch", "layers.parameter", "registry"},
     "executor/adapters": {
-        *("adapter_files", "base", "checkpoint", "config", "gguf", "gguf_architectures", "hf_config", "layers.*"),
-        *("loader", "messages", "models.registry", "quantization.packed"),
+        *("adapter_files", "base", "checkpoint", "config", "gguf", "gguf_architectures", "gguf_experts", "hf_config"),
+        *("layers.*", "loader", "messages", "models.registry", "quantization.packed", "weights_mapper"),
     },
     "executor/attention": {"messages", "registry"},
     "executor/device": {"base", "config", "deferred", "host_memory", "log", "messages", "parallel", "registry"},
