@@ -202,6 +202,13 @@ def collect_env(arguments: Sequence[str]) -> int:
     return environment.main(arguments)
 
 
+def cluster_key(arguments: Sequence[str]) -> int:
+    """``octavo cluster-key``."""
+    from api.commands import cluster_key as command
+
+    return _reported(lambda: command.main(arguments))
+
+
 def plan_parser() -> Parser:
     """The flags of ``octavo plan``."""
     from api.commands import plan
@@ -218,6 +225,8 @@ def plan(arguments: Sequence[str]) -> int:
 
     given = plan_parser().parse(arguments)
     as_json = given.pop("json")
+    if given.get("nnodes"):  # a plan needs no other machine
+        given = {"cluster_key": "-", "master_addr": "127.0.0.1", **given}
 
     def run() -> int:
         config, _ = resolve(given, os.environ)
@@ -230,6 +239,7 @@ def plan(arguments: Sequence[str]) -> int:
 def completion(arguments: Sequence[str]) -> int:
     """``octavo completion``."""
     from api.commands import cache as cache_command
+    from api.commands import cluster_key as key_command
     from api.commands import completion, talk
     from api.commands import imatrix as imatrix_command
     from api.commands import quantize as quantize_command
@@ -248,6 +258,7 @@ def completion(arguments: Sequence[str]) -> int:
         "imatrix": imatrix_command.create_parser(),
         "quantize": quantize_command.create_parser(),
         "cache": cache_command.create_parser(),
+        "cluster-key": key_command.create_parser(),
     }
     return completion.main(arguments, parsers, {name: command.summary for name, command in COMMANDS.items()})
 
@@ -320,6 +331,25 @@ def _run_server(config: ServerConfig, files: ModelFiles) -> int:
         return _fail(str(error), 1)
 
 
+def _run_agent(config: ServerConfig) -> int:
+    """Runs the workers of a machine that serves no API itself."""
+    import setproctitle
+
+    from api.engine.socket_dir import SocketDir
+    from engine_core.launch import ModelError, run_agent
+    from engine_core.messages import EXIT_MODEL
+
+    executor = config.engine.executor
+    setproctitle.setproctitle(f"octavo machine {executor.parallel.node_rank}")
+    folder = SocketDir()
+    try:
+        return run_agent(executor, folder.path, config.log_level)
+    except ModelError as error:
+        return _fail(str(error), EXIT_MODEL)
+    finally:
+        folder.close()
+
+
 def _with_model(
     parser: Parser, given: Mapping[str, Any], title: str, run: Callable[[ServerConfig, ModelFiles], int]
 ) -> int:
@@ -340,7 +370,8 @@ def _with_model(
         get_logger().warning("options that have no effect: %s", "; ".join(notes))
     if unused := unused_variables(os.environ):
         get_logger().debug("vLLM environment variables that have no effect: %s", ", ".join(unused))
-    if config.num_local_replicas == 1:  # replicas start on cores of their own
+    is_leader = config.engine.executor.parallel.node_rank == 0
+    if config.num_local_replicas == 1 and is_leader:  # replicas start on cores of their own
         prepare_engine_core(config.engine)
 
     def find_and_run() -> int:
@@ -349,6 +380,8 @@ def _with_model(
         from api.params.defaults import check_defaults
 
         files = find_model(config)
+        if not is_leader:
+            return _run_agent(with_model(config, files))
         check_defaults(files)
         return run(with_model(config, files), files)
 
@@ -409,6 +442,7 @@ def option_values(given: Mapping[str, Any], environment: Mapping[str, str]) -> d
     """
     from api.config import CONFIG_VARIABLE, from_environment
     from api.flags import ConfigError
+    from api.machines import place_from
 
     flags = dict(given)
     tag = flags.pop("model_tag", None)
@@ -416,7 +450,8 @@ def option_values(given: Mapping[str, Any], environment: Mapping[str, str]) -> d
         raise ConfigError(f"two different models given: {tag} and --model {flags['model']}")
     file = flags.pop("config", None) or environment.get(CONFIG_VARIABLE)
     from_file = read_config_file(Path(file)) if file else {}
-    return {**from_environment(environment), **from_file, **flags}
+    values = {**from_environment(environment), **from_file, **flags}
+    return {**place_from(environment, values), **values} if values.get("cluster_key") else values
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -451,6 +486,7 @@ COMMANDS = {
     "imatrix": Command("imatrix [MODEL] TEXTFILE", "measure a model on a text, for --quantization int4", imatrix),
     "quantize": Command("quantize [MODEL] -o PATH", "write a quantised model", quantize),
     "cache": Command("cache [show|clear] DIR", "show or clear what --kv-cache-dir holds", cache),
+    "cluster-key": Command("cluster-key FILE", "make the key that several machines need", cluster_key),
     "completion": Command("completion SHELL", "print a completion script for bash, zsh or fish", completion),
     "collect-env": Command("collect-env", "print environment information for bug reports", collect_env),
 }

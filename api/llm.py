@@ -100,6 +100,8 @@ class LLM:
         try:
             values = {"log_level": "warning", **from_environment(os.environ), **options, "model": model}
             config, notes = make_config(values)
+            if config.engine.executor.parallel.node_rank:
+                raise ConfigError("node_rank: only machine 0 runs programs; octavo serve --node-rank runs the others")
         except ConfigError as error:
             raise ValueError(str(error)) from None
         setup_logging("api", config.log_level, config.log_format)

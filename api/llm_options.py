@@ -120,6 +120,12 @@ class LLMOptions(TypedDict, total=False):
     language_model_only: bool
     tensor_parallel_size: int
     pipeline_parallel_size: int
+    nnodes: int
+    node_rank: int
+    master_addr: str
+    master_port: int
+    node_address: str
+    cluster_key: str
     device: str
     attention_backend: str | None
     matmul: Literal["auto", "cublas"]
@@ -226,8 +232,6 @@ class LLMOptions(TypedDict, total=False):
     cpu_distributed_timeout_seconds: object
     max_parallel_loading_workers: object
     ray_workers_use_nsight: object
-    master_addr: object
-    master_port: object
     disable_nccl_for_dp_synchronization: object
     dp_sync_interval: object
     cp_kv_cache_interleave_size: object
@@ -238,6 +242,7 @@ class LLMOptions(TypedDict, total=False):
     dp_supervisor_probe_timeout_s: object
     dp_supervisor_probe_failure_threshold: object
     enable_shm_tensor_arena: object
+    headless: object
     num_lookahead_slots: object
     max_num_partial_prefills: object
     max_long_partial_prefills: object

@@ -136,11 +136,16 @@ TABLE = (
         "-ep enable_expert_parallel:bool enable_eplb:bool eplb_config expert_placement_strategy "
         "enable_ep_weight_filter:bool enable_dbo:bool dbo_decode_token_threshold dbo_prefill_token_threshold "
         "ubatch_size=0 distributed_timeout_seconds cpu_distributed_timeout_seconds "
-        "max_parallel_loading_workers ray_workers_use_nsight:bool master_addr master_port "
+        "max_parallel_loading_workers ray_workers_use_nsight:bool "
         "disable_nccl_for_dp_synchronization:bool dp_sync_interval cp_kv_cache_interleave_size=1 "
         "dcp_kv_cache_interleave_size=1 dcp_comm_backend dcp_q_replicate:bool "
         "dp_supervisor_probe_interval_s dp_supervisor_probe_timeout_s dp_supervisor_probe_failure_threshold "
         "enable_shm_tensor_arena:bool",
+    ),
+    (
+        Verdict.NOTED,
+        "machines with a --node-rank above 0 never serve the API",
+        "headless:bool",
     ),
     (
         Verdict.NOTED,
@@ -217,7 +222,7 @@ TABLE = (
         "behind a load balancer",
         "data_parallel_start_rank=0 data_parallel_address data_parallel_rpc_port data_parallel_backend=mp "
         "data_parallel_hybrid_lb:bool data_parallel_multi_port_external_lb:bool data_parallel_supervisor_port "
-        "nnodes=1 node_rank=0 headless:bool enable_elastic_ep:bool elastic_ep_max_dp_size "
+        "enable_elastic_ep:bool elastic_ep_max_dp_size "
         "enable_fault_tolerance:bool",
     ),
     (
@@ -311,8 +316,9 @@ _WORKING = """
     enable_auto_tool_choice enable_chunked_prefill enable_force_include_usage enable_prefix_caching
     enable_request_id_headers enable_tokenizer_info_endpoint enforce_eager exclude_tools_when_tool_choice_none
     generation_config gpu_memory_utilization hf_overrides hf_token host kv_cache_dtype kv_cache_memory_bytes load_format
-    log_level long_prefill_token_threshold max_logprobs max_model_len max_num_batched_tokens max_num_queued_reqs
-    max_num_queued_tokens max_num_seqs model model_impl num_gpu_blocks_override otlp_traces_endpoint
+    log_level long_prefill_token_threshold master_addr master_port max_logprobs max_model_len max_num_batched_tokens
+    max_num_queued_reqs max_num_queued_tokens max_num_seqs model model_impl nnodes node_rank num_gpu_blocks_override
+    otlp_traces_endpoint
     override_generation_config pipeline_parallel_size pooler_config port quantization reasoning_parser response_role
     return_tokens_as_token_ids
     revision root_path runner scheduling_policy seed served_model_name shutdown_timeout speculative_config ssl_ca_certs

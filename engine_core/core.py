@@ -101,7 +101,8 @@ def create_executor(config: EngineConfig, ipc_dir: str, log_level: str, engine_e
     The replicas of a machine load together, and none has taken its memory yet. One that starts again finds the others
     loaded.
     """
-    factory: ExecutorFactory = resolve(REGISTRY, config.executor.distributed_executor_backend, "executor")
+    backend = "nodes" if config.executor.parallel.nnodes > 1 else config.executor.distributed_executor_backend
+    factory: ExecutorFactory = resolve(REGISTRY, backend, "executor")
     scheduler = config.settled().scheduler
     step_size = StepSize(
         max_num_seqs=scheduler.max_num_seqs,
@@ -201,7 +202,7 @@ class EngineCore:
 
     def _start_workers(self) -> None:
         self.executor.start()
-        self._watch.started(self.executor.worker_pids())
+        self._watch.started(self.executor.worker_pids(), self.executor.remote_samplers())
 
     def step(self) -> None:
         """One turn: receives messages, retires finished steps and plans another."""
@@ -215,7 +216,7 @@ class EngineCore:
             self._handle(message)
         self._may_schedule |= self._admission.take_grammars()  # one that was rejected may have been on trial
         try:
-            for answer in () if self._sleep.is_down else self.executor.receive():
+            for answer in self.executor.receive():
                 self._handle_worker(answer)
             self._look_after_workers()
             self._may_schedule |= self._admission.isolates and not self._awaited
@@ -229,7 +230,7 @@ class EngineCore:
 
     def _events(self, timeout: float | None) -> tuple[list[Any], float | None]:
         """What to wait for besides the api, and for how long."""
-        fds = [] if self._sleep.is_down else self.executor.poll_fds()
+        fds = self.executor.poll_fds()
         grammars = self._grammars.compiler
         if grammars is not None:
             fds = [*fds, grammars.fileno()]
@@ -599,6 +600,8 @@ class EngineCore:
         """
         if self._sleep.is_down:
             return
+        if not self._serving and self.executor.worker_pids() != self._watch.pids:  # workers of other machines
+            self._watch.started(self.executor.worker_pids(), self.executor.remote_samplers())
         problem = self._watch.hung(self._awaited, is_loading=not self._serving)
         if problem is not None:
             raise WorkerHungError(problem.reason, was_stopped=problem.was_stopped)

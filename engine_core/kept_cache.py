@@ -36,7 +36,7 @@ class KeptCache:
 
     def survives(self, error: WorkerDiedError) -> bool:
         """Records that workers died. Returns whether the cache still holds what finished steps have computed."""
-        if error.exit_code in _WILD:
+        if error.exit_code in _WILD or error.loses_memory:
             self._identity = ()
         return bool(self._identity)
 

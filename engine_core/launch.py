@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 
-from engine_core.config import Config, EngineConfig
+from engine_core.config import Config, EngineConfig, ExecutorConfig
 from engine_core.last_work import LastWork, read_flight_record
 from executor.base import WORKER_MODULE, ModelError
 from executor.device.base import device_problem
@@ -73,6 +75,20 @@ def discard_engine_core() -> None:
     discard_child(_MODULE)
 
 
+def run_agent(config: ExecutorConfig, ipc_dir: str, log_level: str) -> int:
+    """See ``executor/nodes/agent.py``."""
+    from executor.nodes.agent import run_agent as run  # others need no sockets
+
+    return run(config, ipc_dir, log_level)
+
+
+def create_key_file(path: Path) -> None:
+    """See ``executor/nodes/keys.py``."""
+    from executor.nodes.keys import create_key_file as create
+
+    create(path)
+
+
 def _early_children(config: EngineConfig) -> list[str]:
     """Modules of the processes that an engine core certainly needs. A replica's inherit its share of the cores, which
     it knows only from its start message."""
@@ -100,6 +116,7 @@ __all__ = [
     "check_gguf_architecture",
     "check_load_format",
     "check_supported",
+    "create_key_file",
     "child_command",
     "child_environment",
     "device_problem",
@@ -110,6 +127,7 @@ __all__ = [
     "discard_engine_core",
     "prepare_engine_core",
     "read_flight_record",
+    "run_agent",
     "open_regular",
     "printable",
     "read_document",

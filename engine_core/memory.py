@@ -51,7 +51,7 @@ def plan_kv_cache(ready: list[WorkerReady], config: EngineConfig) -> tuple[Cache
     Returns:
         The cache's shape and the longest sequence, or a one-line message that says what does not fit and what would.
     """
-    problem = _different_groups(ready)
+    problem = _different_groups(ready) or _different_kernels(ready)
     if problem is not None:
         return problem
     sizes = _Sizes(ready, config)
@@ -97,6 +97,19 @@ def _different_groups(ready: list[WorkerReady]) -> str | None:
             return (
                 f"worker {worker.rank} has other KV cache groups than worker {first.rank}: {groups} instead of "
                 f"{expected}; all workers need the same model files and versions"
+            )
+    return None
+
+
+def _different_kernels(ready: list[WorkerReady]) -> str | None:
+    """The first rank with other kernels than rank 0, as a message: they may round differently."""
+    first, *others = ready
+    for worker in others:
+        if worker.kernels != first.kernels:
+            return (
+                f"machine {worker.node_rank} would compute with {worker.kernels} and machine {first.node_rank} with "
+                f"{first.kernels}, and tokens would depend on the place of a layer; install the same versions on all "
+                "machines, and choose kernels that all of their CPUs have with OCTAVO_CPU_CAPABILITY"
             )
     return None
 
@@ -181,9 +194,10 @@ def _kv_bytes(worker: WorkerReady, ready: list[WorkerReady], config: EngineConfi
     """
     if not worker.shares_memory:
         return _bytes_of_caches([worker], config)
-    blocks = [sum(spec.bytes_per_block for spec in rank.kv_cache_groups) for rank in ready]
+    together = [rank for rank in ready if rank.node_rank == worker.node_rank]
+    blocks = [sum(spec.bytes_per_block for spec in rank.kv_cache_groups) for rank in together]
     own = sum(spec.bytes_per_block for spec in worker.kv_cache_groups)
-    by_memory = sorted(ready, key=lambda rank: rank.free_bytes)
+    by_memory = sorted(together, key=lambda rank: rank.free_bytes)
     return _bytes_of_caches(by_memory, config) * own // max(1, sum(blocks))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
@@ -73,17 +74,21 @@ def make_plan(config: EngineConfig, survey: Survey = survey) -> ServingPlan:
 
 
 def fit(config: EngineConfig, surveys: tuple[ModelSurvey, ...]) -> ServingPlan:
-    """Places engines on this machine.
+    """Places engines on this machine, or one on several machines like it.
 
     Args:
         config: Configuration of each engine.
         surveys: Of the workers of one engine, as if it were alone.
     """
-    of_one = sum(each.ready.weight_bytes for each in surveys)
+    of_machines = Counter[int]()
+    for each in surveys:
+        of_machines[each.ready.node_rank] += each.ready.weight_bytes
+    of_one = max(of_machines.values())
     of_others = (config.num_replicas - 1) * of_one
     free = surveys[0].free_bytes
     if free < of_one + of_others:
-        several = f" of {config.num_replicas} engines" if of_others else ""
+        several = " of one machine" if len(of_machines) > 1 else ""
+        several = f" of {config.num_replicas} engines" if of_others else several
         problem = (
             f"the weights{several} take {format_bytes(of_one + of_others)}, and {format_bytes(free)} are free; "
             "the rest would be read from the disk in each step"
@@ -91,7 +96,7 @@ def fit(config: EngineConfig, surveys: tuple[ModelSurvey, ...]) -> ServingPlan:
         return ServingPlan(surveys, problem=problem)
     ready = []
     for each in surveys:
-        left = each.ready.free_bytes + each.ready.weight_bytes - of_one - of_others
+        left = each.ready.free_bytes + each.ready.weight_bytes - of_machines[each.ready.node_rank] - of_others
         default = min(each.ready.default_kv_bytes, max(0, left) // 4)
         ready.append(msgspec.structs.replace(each.ready, free_bytes=max(0, left), default_kv_bytes=default))
     if not ready[0].kv_cache_groups:

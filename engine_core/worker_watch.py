@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from engine_core.step_times import StepTimes
-from executor.liveness import STOPPED_TIMEOUT, ProcessWatch
+from executor.liveness import STOPPED_TIMEOUT, ProcessSample, ProcessWatch
 
 TICK = 1.0
 """Seconds between checks."""
 LOAD_TIMEOUT = 300.0
 """Seconds that a loading worker may be silent without using CPU or disk; a compiler may be running."""
+
+
+def _ask(sampler: Callable[[], ProcessSample | None], pid: int) -> ProcessSample | None:
+    return sampler()
 
 
 class Step(Protocol):
@@ -51,6 +56,8 @@ class WorkerWatch:
         self.times = StepTimes()
         self._clock = clock
         self._watch = watch
+        self.pids: tuple[int, ...] = ()
+        """Of the watched workers, by rank."""
         self._watches: list[ProcessWatch] = []
         self._answered: list[int] = []
         """By rank: the last step answered."""
@@ -59,9 +66,21 @@ class WorkerWatch:
         self._num_steps = 0
         self._ticked_at = 0.0
 
-    def started(self, pids: Sequence[int]) -> None:
-        """Records started workers; the index of a process id is its rank."""
-        self._watches = [self._watch(pid) for pid in pids]
+    def started(
+        self, pids: Sequence[int], remote: Mapping[int, Callable[[], ProcessSample | None]] | None = None
+    ) -> None:
+        """Records started workers.
+
+        Args:
+            pids: The index of a process id is its rank.
+            remote: By rank, what samples a worker of another machine.
+        """
+        samplers = remote or {}
+        self.pids = tuple(pids)
+        self._watches = [
+            ProcessWatch(pid, self._clock, partial(_ask, samplers[rank])) if rank in samplers else self._watch(pid)
+            for rank, pid in enumerate(pids)
+        ]
         self._answered = [0] * len(pids)
         self._seconds.clear()
         self._num_steps = 0

@@ -232,6 +232,47 @@ class ParallelConfig(Config, frozen=True):
         Positive, Meta(description="Number of pipeline stages, each with consecutive layers.", extra={"flags": ["-pp"]})
     ] = 1
 
+    nnodes: Annotated[
+        Positive,
+        Meta(
+            description="Number of machines that share the model, each with consecutive pipeline stages. Start the "
+            "same command on each.",
+            extra={"group": "Machines"},
+        ),
+    ] = 1
+    node_rank: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Which of the machines this is. 0 serves the API; the others run workers, as it tells them.",
+            extra={"group": "Machines"},
+        ),
+    ] = 0
+    master_addr: Annotated[
+        str,
+        Meta(description="Address of machine 0, as the others reach it.", extra={"group": "Machines"}),
+    ] = ""
+    master_port: Annotated[
+        int,
+        Meta(ge=1, le=65535, description="Port on which machine 0 waits for the others.", extra={"group": "Machines"}),
+    ] = 29501
+    node_address: Annotated[
+        str,
+        Meta(
+            description="Address of this machine at which the others send it hidden states. Default: that from which "
+            "it reaches --master-addr.",
+            extra={"group": "Machines"},
+        ),
+    ] = ""
+    cluster_key: Annotated[
+        str,
+        Meta(
+            description="File with the secret that all machines need, which octavo cluster-key makes. What they send "
+            "each other is encrypted.",
+            extra={"group": "Machines"},
+        ),
+    ] = ""
+
     num_mirrors: Annotated[Positive, Meta(extra={"internal": True})] = 1
     """Ranks that each compute the whole model, to test multi-rank operation independently of sharding."""
 

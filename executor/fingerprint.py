@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -18,37 +18,15 @@ import msgspec
 import torch
 
 import ops
-from executor.config import ExecutorConfig, ModelConfig
+from executor.config import ExecutorConfig
 from executor.device.base import Device
+from executor.identity import code_digest, model_files
 from executor.messages import KVCacheGroupSpec
 from executor.parallel import ParallelState
 from ops.cpu import library
 
-_ROOT = Path(__file__).resolve().parent.parent
-_CODE = ("executor", "ops", "api/media")
-"""Folders of what computes K and V, from pictures and tokens on."""
-_SOURCES = (".py", ".cpp", ".h", ".so")
-_MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tensors")
 _DIGESTS = "digests.json"
 _CHUNK = 1 << 20
-
-
-def model_files(config: ModelConfig) -> Iterator[Path]:
-    """The files from which a model is made, in order."""
-    path = Path(config.model)
-    folders = [path.parent if path.is_file() else path, *(path / name for name in config.dense)]
-    if config.weights:
-        folders.append(Path(config.weights))
-    if path.is_file():
-        yield from [path.parent / name for name in config.gguf.files] if config.gguf and config.gguf.files else [path]
-        folders = folders[1:]
-    for folder in dict.fromkeys(folders):
-        entries = folder.iterdir() if folder.is_dir() else ()
-        yield from sorted(entry for entry in entries if entry.suffix in _MODEL_SUFFIXES and entry.is_file())
-    if config.imatrix:
-        yield Path(config.imatrix)
-    if config.vision is not None:
-        yield config.vision.as_path
 
 
 def state_of(path: Path) -> str:
@@ -132,8 +110,14 @@ def fingerprint(
     # Pixels of the images, which are known by the hashes of their files; models that are not built in.
     add(version("pillow"), version("transformers"))
     add(*map(str, _capabilities(device)))
-    add(_code_digest())
+    add(code_digest())
     return digest.hexdigest()
+
+
+def kernels_of(device: Device) -> str:
+    """What computes on a device, for people; ranks with the same compute the same bits."""
+    names = [str(each) for each in _capabilities(device) if each is not None]
+    return f"{' '.join(names) or device.name} kernels and torch {torch.__version__}"
 
 
 def _capabilities(device: Device) -> tuple[object, ...]:
@@ -142,12 +126,3 @@ def _capabilities(device: Device) -> tuple[object, ...]:
         return (torch.cuda.get_device_capability(),) if device.torch_device.type == "cuda" else ()
     kernels = library.chosen()
     return torch.backends.cpu.get_cpu_capability(), None if kernels is None else kernels.capability
-
-
-def _code_digest() -> bytes:
-    digest = hashlib.sha256()
-    for folder in _CODE:
-        for path in sorted((_ROOT / folder).rglob("*")):
-            if path.suffix in _SOURCES:
-                digest.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes())
-    return digest.digest()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
+from collections.abc import Callable, Mapping
 
 from executor.base import ModelError
 from executor.config import ExecutorConfig
+from executor.liveness import ProcessSample
 from executor.messages import EXIT_MODEL, FromWorker, ToWorker, WorkerFailed
 from executor.parallel import ParallelState
 from executor.worker import Worker
@@ -41,7 +43,8 @@ class InlineExecutor:
         os.eventfd_write(self._event, 1)
 
     def receive(self) -> list[FromWorker]:
-        assert self._worker is not None
+        if self._worker is None:
+            return []
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._event)
         if self._worker.wake_fds:
@@ -58,6 +61,9 @@ class InlineExecutor:
 
     def worker_pids(self) -> tuple[int, ...]:
         return ()
+
+    def remote_samplers(self) -> Mapping[int, Callable[[], ProcessSample | None]]:
+        return {}
 
     def shutdown(self) -> None:
         if self._worker is not None:

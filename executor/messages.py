@@ -465,6 +465,10 @@ class WorkerReady(Message, frozen=True):
     """What the model does with images; None: it takes none."""
     fingerprint: str = ""
     """Digest of what determines K and V besides tokens: the model's files and the configuration. Empty: unknown."""
+    node_rank: int = 0
+    """The machine of the worker."""
+    kernels: str = ""
+    """What computes, and may round differently from others."""
 
 
 class ModelSurvey(Message, frozen=True):

@@ -99,7 +99,7 @@ def survey(config: ExecutorConfig, parallel: ParallelState, *, measures: bool = 
     loaded = LoadedModel(model.eval(), context.config, num_bytes, context.dtype, context.max_model_len, tower=tower)
     runner = _runner(config, loaded, device, parallel, communicator)
     runner.images = create_image_inputs(loaded, device, runner.max_tokens)
-    ready = _report(runner, loaded, device, before)
+    ready = _report(runner, loaded, device, before, parallel.node_rank)
     if config.lora.enable_lora:
         check_adapters(config.lora, loaded, config.parallel.world_size, device.kernels)
         of_adapters = LoadedAdapters(loaded, config.lora).num_bytes(runner.max_tokens)
@@ -156,11 +156,11 @@ def _runner(
     )
 
 
-def _report(runner: ModelRunner, loaded: LoadedModel, device: Device, before: Memory) -> WorkerReady:
+def _report(runner: ModelRunner, loaded: LoadedModel, device: Device, before: Memory, node_rank: int) -> WorkerReady:
     """What a worker with the model would report. ``before`` is the memory without its weights."""
     free_bytes = max(0, before.free_bytes - loaded.weight_bytes)
     is_whole = runner.stage.is_first and runner.stage.is_last
-    return worker_ready(
+    ready = worker_ready(
         runner,
         loaded,
         device,
@@ -169,6 +169,7 @@ def _report(runner: ModelRunner, loaded: LoadedModel, device: Device, before: Me
         min(device.default_kv_bytes(), free_bytes // 4),
         shares_memory=runner.communicator is not None or not is_whole,
     )
+    return msgspec.structs.replace(ready, node_rank=node_rank)
 
 
 def _pack_one_of_each(

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from zlib import crc32
 
 import numpy as np
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from numpy.random import default_rng
 
 from executor.config import ExecutorConfig, SimulatedDevice
+from executor.liveness import ProcessSample
 from executor.messages import (
     I32,
     AdapterLoaded,
@@ -226,6 +227,9 @@ class SimulatedExecutor:
 
     def worker_pids(self) -> tuple[int, ...]:
         return ()
+
+    def remote_samplers(self) -> Mapping[int, Callable[[], ProcessSample | None]]:
+        return {}
 
     def shutdown(self) -> None:
         if self._thread is not None:

@@ -4,8 +4,9 @@ Each step goes through all stages. A stage gets the hidden states of the step's 
 last one tells all others which tokens were sampled: they keep the same tables, and the first one goes on from them. So
 for all but the last stage, the results of a step come late, as from a device (``StepChannel``).
 
-What connects stages is a ``StageLink``. On one machine that is a ring of messages in memory that its ends map
-(``SharedRing``); nothing else here knows how messages travel.
+What connects stages are links, each with a ``StageTarget`` at one end and a ``StageSource`` at the other. On one
+machine that is a ring of messages in memory that its ends map (``SharedRing``), between machines a socket
+(``nodes/links.py``); nothing else here knows how messages travel.
 """
 
 from __future__ import annotations
@@ -40,11 +41,20 @@ _LINE = 64
 """Bytes of a cache line. Counters of different processes share none."""
 
 
-class StageLink(Protocol):
-    """Messages from one rank to others, in the order of steps, one for each."""
+def as_bytes(tensor: Tensor) -> npt.NDArray[np.uint8]:
+    """A tensor's bytes, in row-major order. Of a single element, any stride counts as contiguous, even 0."""
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+
+
+class StageTarget(Protocol):
+    """Takes messages from one rank to others, in the order of steps, one for each."""
 
     def send(self, step_id: int, tensor: Tensor) -> None:
         """Sends a copy of a tensor."""
+
+
+class StageSource(Protocol):
+    """Brings them to one of these."""
 
     def num_arrived(self) -> int:
         """Messages that have come so far, those taken included."""
@@ -88,7 +98,7 @@ class SharedRing:
     def send(self, step_id: int, tensor: Tensor) -> None:
         slowest = int(self._num_taken[: len(self._events)].min())
         assert self._count - slowest < self._num_slots, "more steps are in flight than stages have room for"
-        data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        data = as_bytes(tensor)
         slot = self._slot(self._count)
         slot[:16].view(np.int64)[:] = step_id, len(data)
         slot[_LINE : _LINE + len(data)] = data
@@ -136,9 +146,10 @@ class Stage:
         parallel: ParallelState,
         hidden: Spec,
         *,
-        source: StageLink | None = None,
-        target: StageLink | None = None,
-        tokens: StageLink | None = None,
+        source: StageSource | None = None,
+        target: StageTarget | None = None,
+        tokens: StageSource | None = None,
+        audience: StageTarget | None = None,
         communicator: Communicator | None = None,
     ) -> None:
         """
@@ -148,7 +159,8 @@ class Stage:
             source: Brings the hidden states of the stage before; None on the first stage, and of a model that is
                 measured and not served: they are zeros.
             target: Takes this stage's; None on the last stage, and on ranks whose hidden states another one passes on.
-            tokens: Of the output rank, takes the sampled tokens; of ranks of earlier stages, brings them.
+            tokens: Of ranks of earlier stages, brings the sampled tokens.
+            audience: Of the output rank, takes them.
             communicator: Connects the ranks of this stage; None: there is one.
         """
         self._communicator = communicator or SingleRank()
@@ -156,7 +168,7 @@ class Stage:
         self.is_last = parallel.pp_rank == parallel.pp_size - 1
         self.hidden = None if self.is_first else hidden
         """Of this stage's input."""
-        self._source, self._target, self._tokens = source, target, tokens
+        self._source, self._target, self._tokens, self._audience = source, target, tokens, audience
         self._num_inputs = 0
         """Hidden states taken so far."""
         self._step_id = 0
@@ -168,7 +180,7 @@ class Stage:
 
     def listen(self) -> None:
         """Takes note of what has come."""
-        for link in (self._source, None if self.is_last else self._tokens):
+        for link in (self._source, self._tokens):
             if link is not None:
                 link.num_arrived()
 
@@ -181,7 +193,7 @@ class Stage:
 
     def lacks_tokens(self, plan: SchedulerOutput, states: RequestStates) -> bool:
         """Whether tokens of a plan's rows have not come back from the last stage."""
-        if self.is_last or self._tokens is None:
+        if self._tokens is None:
             return False
         slots, counts = i32(plan.slots), i32(plan.num_scheduled_tokens)
         known, ends = states.num_known[slots], states.num_computed[slots] + counts
@@ -220,15 +232,15 @@ class Stage:
 
     def announce(self, sampled: Sampled, rows: SampleRows) -> Sampled:
         """Tells the other stages which tokens the output rank has sampled."""
-        if self._tokens is None or not self.is_last:
+        if self._audience is None:
             return sampled
         sampled, ids = with_ids(sampled, rows)
-        self._tokens.send(self._step_id, ids)
+        self._audience.send(self._step_id, ids)
         return sampled
 
     def channel(self, channel: StepChannel) -> StepChannel:
         """The channel of the device: of all but the last stage, results come with the tokens."""
-        return channel if self.is_last or self._tokens is None else AwaitedSteps(channel, self._tokens)
+        return channel if self._tokens is None else AwaitedSteps(channel, self._tokens)
 
     def sampler(self, sampler: Sampler) -> Sampler:
         """What gives the tokens of a step, of the last stage the sampler."""
@@ -246,7 +258,7 @@ class AwaitedSteps:
 
     graphs: Graphs | None = None
 
-    def __init__(self, channel: StepChannel, tokens: StageLink) -> None:
+    def __init__(self, channel: StepChannel, tokens: StageSource) -> None:
         self._channel = channel
         self._tokens = tokens
         self._num_steps = 0
@@ -268,7 +280,7 @@ class AwaitedSteps:
 class _Awaited:
     device_ms = 0.0
 
-    def __init__(self, tokens: StageLink, number: int) -> None:
+    def __init__(self, tokens: StageSource, number: int) -> None:
         self._tokens = tokens
         self._number = number
 
@@ -308,10 +320,42 @@ class StageRoom:
     max_samples: int
 
 
+class FanOut:
+    """Several targets as one."""
+
+    def __init__(self, targets: Sequence[StageTarget]) -> None:
+        self._targets = targets
+
+    def send(self, step_id: int, tensor: Tensor) -> None:
+        for target in self._targets:
+            target.send(step_id, tensor)
+
+
+class FarLinks(Protocol):
+    """A rank's links with other machines."""
+
+    @property
+    def sources(self) -> Mapping[str, StageSource]:
+        """By name of the event that their messages cause here."""
+
+    @property
+    def targets(self) -> Mapping[str, StageTarget]:
+        """By name of the event that their messages cause there."""
+
+    @property
+    def first_rank(self) -> int:
+        """The first rank of this machine."""
+
+
 def connect(
-    parallel: ParallelState, descriptors: Mapping[str, int], hidden: Spec, room: StageRoom, communicator: Communicator
+    parallel: ParallelState,
+    descriptors: Mapping[str, int],
+    hidden: Spec,
+    room: StageRoom,
+    communicator: Communicator,
+    links: FarLinks | None = None,
 ) -> Stage:
-    """The stage of a rank of one machine.
+    """The stage of a rank.
 
     Args:
         parallel: The rank.
@@ -319,6 +363,7 @@ def connect(
         hidden: Of the hidden states between stages.
         room: The same for all ranks.
         communicator: Connects the ranks of the stage.
+        links: With ranks of other machines; None: there are none.
 
     Raises:
         ModelError: The ranks share nothing.
@@ -326,29 +371,67 @@ def connect(
     if parallel.pp_size == 1:
         return Stage(parallel, hidden)
     memory = descriptors.get(STAGES)
-    if memory is None:
+    if memory is None and links is None:
         raise ModelError(
             f"--pipeline-parallel-size {parallel.pp_size}: stages are processes, which --distributed-executor-backend "
             "mp starts"
         )
-    num_slots = room.num_steps + 1
     size = room.max_tokens * hidden.width * hidden.dtype.itemsize
-    stride, first = ring_bytes(num_slots, size), parallel.rank - parallel.tp_rank
-
-    def ring(number: int, slot_bytes: int, events: Sequence[str], reader: int | None = None) -> SharedRing:
-        signals = [descriptors[name] for name in events]
-        return SharedRing(memory, number * stride, num_slots, slot_bytes, signals, reader)
-
-    source = target = tokens = None
-    is_last, rank = parallel.pp_rank == parallel.pp_size - 1, parallel.rank
-    if parallel.pp_rank:
-        source = ring(parallel.pp_rank - 1, size, [hidden_event(rank)], parallel.tp_rank)
-    if not is_last and parallel.tp_rank == 0:
-        following = range(first + parallel.tp_size, first + 2 * parallel.tp_size)
-        target = ring(parallel.pp_rank, size, [hidden_event(each) for each in following])
+    ends = _Ends(memory, descriptors, room.num_steps + 1, size, links)
     of_tokens = parallel.pp_size - 1, 8 * room.max_samples
-    if not is_last:
-        tokens = ring(*of_tokens, [tokens_event(rank)], rank)
+    first, rank = parallel.rank - parallel.tp_rank, parallel.rank
+    source = target = tokens = audience = None
+    if parallel.pp_rank:
+        source = ends.source(hidden_event(rank), parallel.pp_rank - 1, size, parallel.tp_rank)
+    if parallel.pp_rank < parallel.pp_size - 1:
+        tokens = ends.source(tokens_event(rank), *of_tokens, rank - (0 if links is None else links.first_rank))
+        if parallel.tp_rank == 0:
+            following = range(first + parallel.tp_size, first + 2 * parallel.tp_size)
+            target = ends.target([hidden_event(each) for each in following], parallel.pp_rank, size)
     elif parallel.is_output_rank:
-        tokens = ring(*of_tokens, [tokens_event(each) for each in range(first)])
-    return Stage(parallel, hidden, source=source, target=target, tokens=tokens, communicator=communicator)
+        audience = ends.target([tokens_event(each) for each in range(first)], *of_tokens)
+    return Stage(
+        parallel, hidden, source=source, target=target, tokens=tokens, audience=audience, communicator=communicator
+    )
+
+
+class _Ends:
+    """Opens the ends of a rank's links: of rings with ranks of this machine, and of sockets with others."""
+
+    def __init__(
+        self, memory: int | None, descriptors: Mapping[str, int], num_slots: int, most_bytes: int, far: FarLinks | None
+    ) -> None:
+        """
+        Args:
+            memory: Descriptor of the rings' memory; None: no other stage is on this machine.
+            descriptors: Of events, by name.
+            num_slots: Messages that may be under way.
+            most_bytes: Size of the longest.
+            far: Links with other machines.
+        """
+        self._memory, self._descriptors, self._num_slots = memory, descriptors, num_slots
+        self._stride = ring_bytes(num_slots, most_bytes)
+        self._sources: Mapping[str, StageSource] = {} if far is None else far.sources
+        self._targets: Mapping[str, StageTarget] = {} if far is None else far.targets
+
+    def _ring(self, number: int, slot_bytes: int, names: Sequence[str], reader: int | None = None) -> SharedRing:
+        assert self._memory is not None, "both ends are on this machine"
+        events = [self._descriptors[name] for name in names]
+        return SharedRing(self._memory, number * self._stride, self._num_slots, slot_bytes, events, reader)
+
+    def source(self, name: str, number: int, slot_bytes: int, reader: int) -> StageSource:
+        """The end that brings messages.
+
+        Args:
+            name: Of the event that they cause.
+            number: Of the ring, if it is one.
+            slot_bytes: Size of the longest message.
+            reader: Index of this rank among the ring's readers.
+        """
+        return self._sources.get(name) or self._ring(number, slot_bytes, [name], reader)
+
+    def target(self, names: Sequence[str], number: int, slot_bytes: int) -> StageTarget:
+        """The end that takes messages for all who wait for these events."""
+        near = [name for name in names if name not in self._targets]
+        rings = [self._ring(number, slot_bytes, near)] if near else []
+        return FanOut([*rings, *(self._targets[name] for name in names if name in self._targets)])

@@ -28,7 +28,7 @@ from executor.config import ExecutorConfig, SpeculativeConfig
 from executor.device.base import Device, create_device
 from executor.draft_heads import load_head
 from executor.draft_runner import DraftModel, check_draft_model, check_place
-from executor.fingerprint import Digests, fingerprint, state_of
+from executor.fingerprint import Digests, fingerprint, kernels_of, state_of
 from executor.image_inputs import create_image_inputs
 from executor.kv_memory import KVMemory
 from executor.kv_transfer.base import KVConnector
@@ -57,8 +57,9 @@ from executor.messages import (
     i32,
 )
 from executor.model_runner import ModelRunner, PendingOutput, StartedStep
-from executor.multiproc import WorkerLaunch
-from executor.parallel import RANKS, STAGES, ParallelState
+from executor.multiproc import LISTENER, WorkerLaunch
+from executor.nodes.links import NetworkLinks
+from executor.parallel import RANKS, STAGES, ParallelState, places
 from executor.process import read_descriptors, read_payload
 from executor.readiness import worker_ready
 from executor.stages import Stage, StageRoom, connect
@@ -91,9 +92,18 @@ class Worker:
         config: ExecutorConfig,
         send: Callable[[FromWorker], None],
         descriptors: Mapping[str, int] | None = None,
+        links: NetworkLinks | None = None,
     ) -> None:
-        """``descriptors``: see ``WorkerLaunch``."""
+        """
+        Args:
+            parallel: Its place.
+            config: What it does.
+            send: Takes its answers.
+            descriptors: See ``WorkerLaunch``.
+            links: With ranks of other machines.
+        """
         self._descriptors = descriptors or {}
+        self._links = links
         self._kv_memory: KVMemory | None = None
         self.parallel = parallel
         self.rank = parallel.rank
@@ -119,6 +129,8 @@ class Worker:
         config = self.config
         device = create_device(config.device.device)
         device.initialize(config.device, self.rank)
+        if self._links is not None:
+            self._links.check()
         communicator = device.communicator(self.parallel)
         loaded = self._load(device, communicator)
         speculative = self._speculative(loaded)
@@ -151,7 +163,6 @@ class Worker:
         if config.lora.enable_lora:
             self._adapters = LoadedAdapters(loaded, config.lora)
             step_bytes += self._adapters.num_bytes(self.runner.max_tokens)
-        stores = config.kv_cache_dir
         ready = worker_ready(
             self.runner,
             loaded,
@@ -161,9 +172,10 @@ class Worker:
             device.default_kv_bytes(),
             shares_memory=RANKS in self._descriptors or STAGES in self._descriptors,
         )
-        digests = Digests(stores) if stores else state_of
+        digests = Digests(config.kv_cache_dir) if config.kv_cache_dir else state_of
         own = fingerprint(config, self.parallel, device, ready.kv_cache_groups, digests)
-        self._send(msgspec.structs.replace(ready, fingerprint=own))
+        place, kernels = self.parallel.node_rank, kernels_of(device)
+        self._send(msgspec.structs.replace(ready, fingerprint=own, node_rank=place, kernels=kernels))
 
     def _connect(self, loaded: LoadedModel, device: Device, communicator: Communicator) -> Stage:
         """Connects this rank with those of other pipeline stages."""
@@ -172,7 +184,7 @@ class Worker:
         max_samples = size.max_num_seqs * (1 + self.config.max_draft_tokens)
         room = StageRoom(size.max_in_flight_steps, max_tokens, max_samples)
         hidden = Spec("tokens", loaded.hf_config.hidden_size, loaded.dtype)
-        return connect(self.parallel, self._descriptors, hidden, room, communicator)
+        return connect(self.parallel, self._descriptors, hidden, room, communicator, self._links)
 
     def _load(self, device: Device, communicator: Communicator) -> LoadedModel:
         """Loads this rank's share of the model."""
@@ -187,7 +199,7 @@ class Worker:
             memory.total_bytes,
             communicator,
             config.lora.max_loaded,
-            free_bytes // config.parallel.num_shares,
+            free_bytes // max(1, config.parallel.num_shares // config.parallel.nnodes),
         )
         op_set = ops.op_set(device.torch_device.type).name
         check_adapters(config.lora, loaded, config.parallel.world_size, op_set)
@@ -430,7 +442,13 @@ def run() -> int:
 
     descriptors = dict(zip(launch.descriptors, read_descriptors(), strict=True))
     parallel = dataclasses.replace(launch.parallel, memory_fd=descriptors.get(RANKS, -1))
-    code = Worker(parallel, launch.config, send, descriptors).run(receive)
+    links = None
+    if launch.network is not None:
+        sockets = {name.removeprefix(LISTENER): fd for name, fd in descriptors.items() if name.startswith(LISTENER)}
+        links = NetworkLinks(launch.network, places(launch.config.parallel), parallel, sockets)
+    code = Worker(parallel, launch.config, send, descriptors, links).run(receive)
+    if links is not None:
+        links.close()
     outputs.close(linger=2000)
     inputs.close(linger=0)
     context.term()

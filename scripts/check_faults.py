@@ -3,9 +3,12 @@
     python scripts/check_faults.py --kills 100                  # the demo model
     python scripts/check_faults.py --kills 12 --tiny            # random weights, seconds instead of minutes
     python scripts/check_faults.py --kills 8 --targets worker --signals STOP -- --max-num-seqs 4
+    sudo python scripts/check_faults.py --kills 20 --tiny --machines --signals KILL    # two network namespaces
 
 The engine core, workers and helpers take turns, and so do the signals. The next kill comes up to a second after the
-server is ready again, so that some of them hit a restart. What stands after ``--`` goes to the server.
+server is ready again, so that some of them hit a restart. What stands after ``--`` goes to the server. With
+``--machines``, the second of two pipeline stages is on another machine, whose agent and worker are killed, too; an
+agent that was stopped is killed once it counts as lost.
 """
 
 from __future__ import annotations
@@ -25,14 +28,22 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from machines import other_machine
 from processes import ROOT, Server, descendants, signals_as_exceptions
 
 TITLES = {"core": r"octavo engine_core", "worker": r"octavo worker \d+", "helper": r"octavo \w+ helper"}
+FAR_TITLES = {"agent": r"octavo machine 1", "remote": r"octavo worker 1"}
+"""On the other machine."""
+LOST = 9.0
+"""Seconds after which a machine that is silent counts as lost, and a little more."""
 SIGNALS = ("KILL", "SEGV", "ABRT", "STOP")
 PATIENCE = 120.0
 """Seconds in which the server must be ready again."""
+
+
+Servers: TypeAlias = list[Server]
 
 
 class Stream(threading.Thread):
@@ -89,12 +100,13 @@ class Kill:
     """Until the process was replaced and the server was ready."""
 
 
-def find(server: Server, target: str) -> tuple[int, str] | None:
-    """Process id and start time of one of the server's processes."""
+def find(servers: Servers, target: str) -> tuple[int, str] | None:
+    """Process id and start time of one of the servers' processes."""
+    server = servers[0] if target in TITLES else servers[-1]
     for pid, started in sorted(descendants(server.pid)):
         with contextlib.suppress(OSError):
             title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
-            if re.match(TITLES[target], title):
+            if re.match((TITLES | FAR_TITLES)[target], title):
                 return pid, started
     return None
 
@@ -110,22 +122,25 @@ def is_ready(server: Server) -> bool:
         connection.close()
 
 
-def kill(server: Server, target: str, signal_name: str, streams: list[Stream]) -> Kill | None:
+def kill(servers: Servers, target: str, signal_name: str, streams: list[Stream]) -> Kill | None:
     """Sends a signal and waits until the server is whole again; None: there is no such process now.
 
     Raises:
         RuntimeError: It does not recover.
     """
-    victim = find(server, target)
+    server, victim = servers[0], find(servers, target)
     if victim is None:
         return None
     result = Kill(target, signal_name, [stream for stream in streams if stream.is_alive()])
     begin = time.monotonic()
     with contextlib.suppress(ProcessLookupError):
         os.kill(victim[0], signal.Signals[f"SIG{signal_name}"])
+        if (target, signal_name) == ("agent", "STOP"):  # nobody else would end it
+            time.sleep(LOST)
+            os.kill(victim[0], signal.SIGKILL)
     # A helper that nobody needs may stay away, and a stopped one may stay as it is.
     while time.monotonic() - begin < PATIENCE:
-        is_replaced = target == "helper" or find(server, target) not in (None, victim)
+        is_replaced = target == "helper" or find(servers, target) not in (None, victim)
         if is_replaced and is_ready(server):
             result.seconds = time.monotonic() - begin
             return result
@@ -153,12 +168,17 @@ def finish(streams: list[Stream]) -> list[list[int]]:
     return [stream.tokens for stream in streams]
 
 
-def disturb(server: Server, options: argparse.Namespace) -> tuple[list[Kill], list[str]]:
+def disturb(servers: Servers, options: argparse.Namespace) -> tuple[list[Kill], list[str]]:
     """Runs streams and kills processes until there were enough.
+
+    Args:
+        servers: The server, and the processes of another machine if there is one.
+        options: Of the command line.
 
     Returns:
         The kills, and what was wrong with streams.
     """
+    server = servers[0]
     turns = [(target, name) for name in options.signals for target in options.targets]
     rng = random.Random(options.seed)
     expected = finish(start_streams(server, options))
@@ -170,7 +190,7 @@ def disturb(server: Server, options: argparse.Namespace) -> tuple[list[Kill], li
         streams = start_streams(server, options)
         while len(kills) < options.kills and any(stream.is_alive() for stream in streams):
             time.sleep(rng.uniform(0.0, 1.0))
-            done = kill(server, *turns[turn % len(turns)], streams)
+            done = kill(servers, *turns[turn % len(turns)], streams)
             turn += 1
             if done is not None:
                 missing_since = None
@@ -215,23 +235,28 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=400, help="tokens per stream; longer streams see more kills")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the times of kills")
-    parser.add_argument("--targets", nargs="+", choices=TITLES, default=list(TITLES))
+    parser.add_argument("--targets", nargs="+", choices=[*TITLES, *FAR_TITLES], help="default: all that there are")
     parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=list(SIGNALS))
     parser.add_argument("--model", default="", help="default: the demo model")
     parser.add_argument("--tiny", action="store_true", help="use a tiny model with random weights")
+    parser.add_argument("--machines", action="store_true", help="on two machines; needs root")
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser.parse_args(arguments[:split])
     model = tiny_model() if options.tiny else options.model
-    command = [sys.executable, "-m", "api", "--port", "{port}", "--max-num-seqs", str(options.streams)]
-    command += [*(["--model", model, "--kv-cache-memory", "256MiB"] if model else []), *arguments[split + 1 :]]
-    with signals_as_exceptions():
-        server = Server(command)
-        try:
-            server.wait_ready("/readyz")
-            kills, problems = disturb(server, options)
-        finally:
-            server.stop()
+    options.targets = options.targets or [*TITLES, *(FAR_TITLES if options.machines else ())]
+    flags = ["--max-num-seqs", str(options.streams)]
+    flags += [*(["--model", model, "--kv-cache-memory", "256MiB"] if model else []), *arguments[split + 1 :]]
+    with signals_as_exceptions(), contextlib.ExitStack() as stack:
+        others = []
+        if options.machines:
+            place, other = stack.enter_context(other_machine(flags))
+            flags += place
+            others.append(other)
+        server = Server([sys.executable, "-m", "api", "--port", "{port}", *flags])
+        stack.callback(server.stop)
+        server.wait_ready("/readyz")
+        kills, problems = disturb([server, *others], options)
     print_table(kills)
     for problem in problems:
         print(problem)

@@ -6,7 +6,7 @@ import os
 import select
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from engine_core.config import CacheConfig, DeviceConfig, EngineConfig, Executor
 from engine_core.core import EngineCore, create_executor
 from engine_core.messages import EngineReady, ToEngineCore
 from executor.base import REGISTRY
+from executor.liveness import ProcessSample
 from executor.messages import FromWorker, ToWorker, WorkerShutdown
 from executor.parallel import RANKS, ParallelState, SharedByRanks, places
 from executor.worker import Worker
@@ -101,6 +102,9 @@ class ThreadExecutor:
 
     def worker_pids(self) -> tuple[int, ...]:
         return ()
+
+    def remote_samplers(self) -> Mapping[int, Callable[[], ProcessSample | None]]:
+        return {}
 
     def shutdown(self) -> None:
         for rank in self._ranks:

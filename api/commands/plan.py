@@ -29,7 +29,8 @@ class Speed:
     Attributes:
         surveys: What its workers would report, and what the machine can do.
         kv_bytes_per_token: What a token of context takes in the KV cache.
-        share: Share of the machine's bandwidth and arithmetic that the engine has.
+        share: Share of the machine's bandwidth and arithmetic that the engine has; with several machines like it, their
+            number: each reads its own stages.
         num_stages: Pipeline stages, each with its share of that.
     """
 
@@ -88,7 +89,8 @@ def run(config: ServerConfig, name: str, *, as_json: bool = False) -> int:
     Raises:
         EngineDeadError: The model cannot be served at all; its exit code is 78.
     """
-    num_replicas, num_stages = config.num_local_replicas, config.engine.executor.parallel.pipeline_parallel_size
+    parallel = config.engine.executor.parallel
+    num_replicas, num_stages = config.num_local_replicas, parallel.pipeline_parallel_size
     engine = msgspec.structs.replace(config.engine, num_replicas=num_replicas)
     ended = subprocess.run(
         child_command("engine_core.plan"),
@@ -118,12 +120,18 @@ def count_nodes(nodes: Mapping[int, Collection[int]]) -> int:
     return max(1, sum(not usable.isdisjoint(cores) for cores in nodes.values()))
 
 
+def count_machines(plan: ServingPlan) -> int:
+    """Machines over which the ranks are divided."""
+    return len({each.ready.node_rank for each in plan.surveys})
+
+
 def figures(plan: ServingPlan, name: str, num_replicas: int = 1, num_stages: int = 1) -> dict[str, Any]:
     """All figures as JSON: bytes, tokens, milliseconds."""
-    speed = Speed(plan.surveys, plan.kv_bytes_per_token, 1 / num_replicas, num_stages)
+    speed = Speed(plan.surveys, plan.kv_bytes_per_token, count_machines(plan) / num_replicas, num_stages)
     ranks = [
         {
             "rank": survey.ready.rank,
+            "machine": survey.ready.node_rank,
             "weight_bytes": survey.ready.weight_bytes,
             "weights": survey.weights,
             "step_bytes": survey.ready.step_bytes,
@@ -159,6 +167,7 @@ def report(plan: ServingPlan, name: str, num_replicas: int, num_nodes: int, num_
     for each in plan.surveys:
         kinds = ", ".join(f"{kind} {_size(count)}" for kind, count in each.weights.items() if count)
         rank = f" of rank {each.ready.rank}" if len(plan.surveys) > 1 else ""
+        rank += f" on machine {each.ready.node_rank}" if count_machines(plan) > 1 else ""
         yield f"  weights{rank}: {_size(each.ready.weight_bytes)} ({kinds})"
     yield f"  steps: {_size(ready.step_bytes)}; free: {_size(survey.free_bytes)} of {_size(ready.total_bytes)}"
     if plan.problem:
@@ -170,13 +179,20 @@ def report(plan: ServingPlan, name: str, num_replicas: int, num_nodes: int, num_
         of_token = _size(plan.kv_bytes_per_token)
         yield f"  KV cache: {_size(sum(plan.kv_cache_bytes))}, {plan.num_kv_tokens} tokens of {of_token}"
     yield f"  longest sequence: {plan.max_model_len} tokens"
-    speed = Speed(plan.surveys, plan.kv_bytes_per_token, 1 / num_replicas, num_stages)
+    speed = Speed(plan.surveys, plan.kv_bytes_per_token, count_machines(plan) / num_replicas, num_stages)
     if speed.streams:
         times = ", ".join(f"{count}: {speed.decode(count) * 1e3:.4g} ms" for count in speed.streams)
         yield f"  predicted step by number of streams, with {CONTEXT} tokens of context each: {times}"
         yield f"  predicted prefill: {speed.prefill():.4g} tokens/s"
         yield f"  measured bandwidth: {survey.bytes_per_s / 1e9:.3g} GB/s with {survey.num_threads} threads"
     yield "fits"
+    if count_machines(plan) > 1:
+        yield (
+            f"advice: {count_machines(plan)} machines where the weights do not fit one; each is counted as one like "
+            "this, and the network as if it took no time. Where they fit, a server on each machine answers as many "
+            "requests, and each sooner"
+        )
+        return
     yield from advice(plan, num_replicas, num_nodes)
     if num_stages > 1:
         yield (

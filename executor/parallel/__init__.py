@@ -6,11 +6,9 @@ from executor.parallel.memory import (
     STAGES,
     SharedByRanks,
     create_shared_memory,
-    hidden_event,
-    tokens_event,
 )
 from executor.parallel.split import HeadShare, Share, split_columns, split_heads, split_layers
-from executor.parallel.state import ParallelState, places
+from executor.parallel.state import ParallelState, awaited_from_afar, hidden_event, places, tokens_event
 
 __all__ = [
     "RANKS",
@@ -20,6 +18,7 @@ __all__ = [
     "Share",
     "SharedByRanks",
     "about_ranks",
+    "awaited_from_afar",
     "create_shared_memory",
     "hidden_event",
     "numa_nodes",

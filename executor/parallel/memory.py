@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from executor.parallel.state import ParallelState
+from executor.parallel.state import ParallelState, hidden_event, tokens_event
 
 MOST_BYTES = 1 << 40
 """Size of the memory. Pages exist once they are written."""
@@ -24,23 +24,13 @@ def create_shared_memory() -> int:
     return descriptor
 
 
-def hidden_event(rank: int) -> str:
-    """Name of the descriptor of the event that hidden states have come for a rank."""
-    return f"hidden.{rank}"
-
-
-def tokens_event(rank: int) -> str:
-    """Name of the descriptor of the event that tokens have come for a rank."""
-    return f"tokens.{rank}"
-
-
 class SharedByRanks:
-    """Descriptors for the ranks of one model, created when their workers start."""
+    """Descriptors for the ranks of one model on one machine, created when their workers start."""
 
     def __init__(self, ranks: Sequence[ParallelState]) -> None:
         """
         Args:
-            ranks: All ranks, in order.
+            ranks: All ranks of the machine, in order.
 
         Raises:
             OSError: The system refuses.
@@ -48,15 +38,16 @@ class SharedByRanks:
         self._ranks = ranks
         self._of_stages: dict[int, int] = {}
         self._between: dict[str, int] = {}
-        first = ranks[0]
-        if first.tp_size > 1:
-            self._of_stages = {stage: create_shared_memory() for stage in range(first.pp_size)}
-        if first.pp_size > 1:
+        stages = sorted({each.pp_rank for each in ranks})
+        if ranks[0].tp_size > 1:
+            self._of_stages = {stage: create_shared_memory() for stage in stages}
+        if len(stages) > 1:
             self._between = {STAGES: create_shared_memory()}
+            has_output_rank = any(each.is_output_rank for each in ranks)
             for each in ranks:
-                if each.pp_rank > 0:
+                if each.pp_rank > stages[0]:
                     self._between[hidden_event(each.rank)] = _event()
-                if each.pp_rank < each.pp_size - 1:
+                if has_output_rank and each.pp_rank < each.pp_size - 1:
                     self._between[tokens_event(each.rank)] = _event()
 
     def of(self, own: ParallelState) -> dict[str, int]:

@@ -34,6 +34,17 @@ def tiny_model() -> Path:
 
 
 @pytest.fixture(scope="session")
+def one_rank(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """The tokens of one rank, for tests of several."""
+    from tests.e2e.rank_harness import MAX_TOKENS, ranks
+
+    with ranks(tiny_model, tmp_path_factory.mktemp("ipc")) as one:
+        tokens = one.generate()
+    assert [len(output) for output in tokens] == [MAX_TOKENS] * 6
+    return tokens
+
+
+@pytest.fixture(scope="session")
 def browser_process() -> Iterator[Browser]:
     from tests.e2e.browser import Browser  # skips without a browser
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from executor.config import GGUFHeader, ModelConfig, VisionFile
-from executor.fingerprint import model_files
+from executor.identity import model_files
 
 
 def test_a_vision_part_in_a_file_of_its_own_counts(tmp_path: Path) -> None:

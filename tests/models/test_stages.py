@@ -17,7 +17,7 @@ from executor.base import ModelError
 from executor.layers.parameter import named_weights
 from executor.models.catalog import ONE_STAGE
 from executor.parallel import ParallelState, create_shared_memory
-from executor.stages import SharedRing
+from executor.stages import SharedRing, as_bytes
 from executor.supported import check_supported
 from tests import tiny, vision_families
 from tests.families import FAMILIES
@@ -129,6 +129,7 @@ def test_messages_between_stages() -> None:
             assert select.select([reader], [], [], 0)[0] and reader.num_arrived() == step
             assert not select.select([reader], [], [], 0)[0]
             assert reader.take(step).view(torch.int32).tolist() == [step] * 3 * step
+    assert as_bytes(torch.zeros(1, dtype=torch.int64).expand(1)[::1].as_strided((1,), (0,))).tolist() == [0] * 8
     sender.send(8, torch.zeros(0))
     assert readers[0].num_arrived() == 8 and len(readers[0].take(8)) == 0
     for step in (9, 10):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -34,6 +34,7 @@ from engine_core.messages import (
     u8,
 )
 from executor.base import WorkerDiedError
+from executor.liveness import ProcessSample
 from executor.messages import (
     AdapterLoaded,
     FreeKVCache,
@@ -160,7 +161,8 @@ class FakeExecutor:
         return bool(self.inbox) or bool(self.plans and self.computes) or bool(self.beats and self.others_answer)
 
     def receive(self) -> list[FromWorker]:
-        assert self.is_up
+        if not self.is_up:
+            return []
         if self.inbox:
             news = self.inbox.popleft()
             if isinstance(news, WorkerDiedError):
@@ -200,6 +202,9 @@ class FakeExecutor:
 
     def worker_pids(self) -> tuple[int, ...]:
         return (self.lives,) * self.num_ranks
+
+    def remote_samplers(self) -> Mapping[int, Callable[[], ProcessSample | None]]:
+        return {}
 
     def kill(self) -> None:
         self.shutdown()

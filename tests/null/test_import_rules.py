@@ -29,6 +29,7 @@ CONTRACTS = {
             "device",
             "log",
             "multiproc",
+            "nodes",
             "parallel",
             "simulated",
             "process",
@@ -50,6 +51,8 @@ TORCH_FREE = [
     "device.base",
     "log",
     "multiproc",
+    "nodes.agent",
+    "nodes.head",
     "simulated",
     "pooling",
     "files",
@@ -87,6 +90,7 @@ ROOMS = (
         "flags",
         "llm_options",
         "lora_modules",
+        "machines",
         "otlp",
         "regex_syntax",
         "speculation",
@@ -123,6 +127,10 @@ FOLDERS: dict[str, set[str]] = {
         "request_states",
         "sampling.base",
         "scripts",
+    },
+    # Other machines: no model, and of workers their processes and frames.
+    "executor/nodes": {
+        *("base", "config", "identity", "liveness", "log", "messages", "multiproc", "parallel", "stages"),
     },
     # Who holds what, which nobody else decides.
     "executor/parallel": {"config"},

@@ -72,6 +72,17 @@ def test_ranks_with_one_memory_get_what_their_blocks_take() -> None:
     assert planned(*alone, kv_cache_memory=30)[0] == CacheShape((GroupShape(15, 4),))
 
 
+def test_machines_have_memories_of_their_own() -> None:
+    machines = [
+        msgspec.structs.replace(ready(group(1), kv_bytes=100, rank=rank), shares_memory=True, node_rank=node)
+        for rank, node in enumerate([0, 0, 1])
+    ]
+    assert planned(*machines)[0] == CacheShape((GroupShape(50, 4),)), "the first machine has two ranks"
+    other = msgspec.structs.replace(machines[2], kernels="avx2 kernels and torch 2")
+    message = plan(*machines[:2], other)
+    assert isinstance(message, str) and message.startswith("machine 1 would compute with avx2 kernels and torch 2 and ")
+
+
 def test_one_group_takes_all() -> None:
     assert planned(ready(group(3), kv_bytes=100)) == (CacheShape((GroupShape(33, 4),)), 132)
     assert planned(ready(group(3), kv_bytes=10_000)) == (CacheShape((GroupShape(3333, 4),)), MODEL_LEN)

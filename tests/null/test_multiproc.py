@@ -81,7 +81,6 @@ def executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Multip
     result.start()
     yield result
     result.shutdown()
-    result._context.term()
     assert not list(tmp_path.iterdir())
 
 
@@ -136,7 +135,6 @@ def test_each_rank_is_told_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert receive(executor) == [Heartbeat(rank, 7)]
         peer.close()
     executor.shutdown()
-    executor._context.term()
 
 
 @pytest.mark.timeout(60)

@@ -88,6 +88,30 @@ def test_ranks_are_listed() -> None:
     assert [each["rank"] for each in command.figures(plan, "tiny")["ranks"]] == [0, 1]
 
 
+def test_machines_have_memory_and_bandwidth_of_their_own() -> None:
+    stages = tuple(
+        msgspec.structs.replace(
+            survey(300, 400),
+            ready=msgspec.structs.replace(survey(300, 400).ready, rank=rank, node_rank=rank, shares_memory=True),
+        )
+        for rank in (0, 1)
+    )
+    plan = fit(config(), stages)
+    assert plan.problem == "" and plan.kv_cache_bytes == (25 * MIB, 25 * MIB)
+    text = "\n".join(command.report(plan, "tiny", 1, 1, 2))
+    assert (
+        "weights of rank 1 on machine 1: 300 MiB" in text and "advice: 2 machines where the weights do not fit" in text
+    )
+    figures = command.figures(plan, "tiny", 1, 2)
+    assert [each["machine"] for each in figures["ranks"]] == [0, 1]
+    # Each machine reads its own stage, in turn for one stream, at the same time for several.
+    assert figures["decode_ms"]["1"] == pytest.approx(20, rel=0.02)
+    crowded = tuple(
+        msgspec.structs.replace(each, ready=msgspec.structs.replace(each.ready, node_rank=0)) for each in stages
+    )
+    assert fit(config(), crowded).problem.startswith("the weights take 600 MiB, and 400 MiB are free; ")
+
+
 def test_the_smallest_change_that_fits_is_found() -> None:
     asked: list[ModelConfig] = []
 

@@ -143,12 +143,19 @@ def test_what_is_kept_is_forgotten_if_the_weights_are_others() -> None:
     check_outputs(harness)
 
 
-@pytest.mark.parametrize(("exit_code", "keeps_cache"), [(-9, True), (-11, False)])
-def test_the_api_is_told_whether_the_cache_outlived_the_workers(exit_code: int, keeps_cache: bool) -> None:
+@pytest.mark.parametrize(
+    ("death", "keeps_cache"),
+    [
+        (WorkerDiedError("killed", -9), True),
+        (WorkerDiedError("crashed", -11), False),
+        (WorkerDiedError("machine 1 is gone", loses_memory=True), False),
+    ],
+)
+def test_the_api_is_told_whether_the_cache_outlived_the_workers(death: WorkerDiedError, keeps_cache: bool) -> None:
     harness = busy()
     harness.executor.kept_bytes, harness.executor.fingerprint = 100, "same"
-    for code in (-9, exit_code, -9):  # the first workers kept nothing
-        harness.core._restart_workers(WorkerDiedError("killed", code))
+    for error in (WorkerDiedError("killed", -9), death, WorkerDiedError("killed", -9)):  # the first ones kept nothing
+        harness.core._restart_workers(error)
         harness.turns(6)
     check_outputs(harness)
     assert [each.keeps_cache for each in harness.messages(WorkersRestarted)] == [False, keeps_cache, True]

@@ -1,0 +1,105 @@
+"""Several machines: where a process is among them, and what they cannot do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from api.flags import ConfigError
+from engine_core.config import EngineConfig
+
+LAUNCHERS = {
+    "LeaderWorkerSet": {
+        "nnodes": "LWS_GROUP_SIZE",
+        "node_rank": "LWS_WORKER_INDEX",
+        "master_addr": "LWS_LEADER_ADDRESS",
+    },
+    "Slurm": {"nnodes": "SLURM_NNODES", "node_rank": "SLURM_NODEID", "master_addr": "SLURM_JOB_NODELIST"},
+    "torchrun": {"nnodes": "GROUP_WORLD_SIZE", "node_rank": "GROUP_RANK", "master_addr": "MASTER_ADDR"},
+}
+"""Names of options and of variables, by who sets these."""
+PLACE = ("nnodes", "node_rank", "master_addr")
+"""Options that ``place_from`` may give."""
+_WILDCARDS = ("0.0.0.0", "::", "*")
+
+
+def first_host(names: str) -> str:
+    """The first of the hosts in Slurm's notation: ``node[07-09,12],head`` -> ``node07``."""
+    match = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", names)
+    assert match is not None
+    return "".join(part or "" for part in match.groups())
+
+
+def place_from(environment: Mapping[str, str], given: Iterable[str]) -> dict[str, Any]:
+    """Options that say which of the machines this is, as the program says that has started it.
+
+    Args:
+        environment: ``os.environ``.
+        given: Names of the options that are given otherwise.
+
+    Raises:
+        ConfigError: A variable is no number.
+    """
+    for variables in LAUNCHERS.values():
+        if not all(environment.get(variable) for variable in variables.values()):
+            continue
+        result: dict[str, Any] = {}
+        for option, variable in variables.items():
+            value = environment[variable]
+            if option in given:
+                continue
+            if option == "master_addr":
+                result[option] = first_host(value) if variable == "SLURM_JOB_NODELIST" else value
+            elif value.isdecimal():
+                result[option] = int(value)
+            else:
+                raise ConfigError(f"{variable}: expected a number, got {value!r}")
+        return result
+    return {}
+
+
+def check_machines(engine: EngineConfig, num_replicas: int) -> None:
+    """Checks the options of several machines.
+
+    Args:
+        engine: The engine's configuration.
+        num_replicas: ``--data-parallel-size``.
+
+    Raises:
+        ConfigError: They conflict with others, or one is missing.
+    """
+    parallel = engine.executor.parallel
+    nnodes, rank = parallel.nnodes, parallel.node_rank
+    if nnodes == 1:
+        if rank:
+            raise ConfigError(f"--node-rank {rank}: needs --nnodes, the number of machines")
+        return
+    if not parallel.cluster_key:
+        raise ConfigError(
+            f"--nnodes {nnodes} needs --cluster-key FILE, the same file on all machines; octavo cluster-key FILE makes "
+            "one"
+        )
+    if not parallel.master_addr or parallel.master_addr in _WILDCARDS:
+        raise ConfigError(
+            f"--nnodes {nnodes} needs --master-addr: the address of machine 0 at which the others reach it"
+        )
+    if parallel.node_address in _WILDCARDS:
+        raise ConfigError(f"--node-address {parallel.node_address}: must be one address of this machine")
+    if rank >= nnodes:
+        raise ConfigError(f"--node-rank {rank}: must be less than --nnodes, which is {nnodes}")
+    backend = engine.executor.distributed_executor_backend
+    if backend != "mp":
+        raise ConfigError(f"--nnodes {nnodes}: workers are processes; use --distributed-executor-backend mp")
+    if parallel.pipeline_parallel_size < nnodes:
+        raise ConfigError(
+            f"--nnodes {nnodes}: machines divide a model by pipeline stages; use --pipeline-parallel-size {nnodes} or "
+            "more (--tensor-parallel-size divides layers within a machine)"
+        )
+    if num_replicas > 1:
+        raise ConfigError(
+            f"--nnodes {nnodes}: a server with several engines runs on one machine; start a server for each with "
+            "--data-parallel-rank, or omit --data-parallel-size"
+        )
+    if engine.cache.kv_cache_dir:
+        raise ConfigError(f"--nnodes {nnodes}: --kv-cache-dir keeps the KV cache of one machine; omit it")

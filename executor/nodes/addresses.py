@@ -1,0 +1,65 @@
+"""Addresses of machines. Needs no torch."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from typing import Any
+
+import zmq
+
+
+def endpoint_of(host: str, port: int) -> str:
+    """ZeroMQ's spelling of an address."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def use_ipv6(connection: zmq.Socket[Any], endpoint: str) -> None:
+    """Prepares a socket for an endpoint, whose address may be one of IPv6, or a name."""
+    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    try:
+        is_other = ipaddress.ip_address(host).version != 4
+    except ValueError:
+        is_other = True  # a name: either
+    if is_other:
+        connection.setsockopt(zmq.IPV6, 1)
+
+
+def numeric(host: str) -> str:
+    """The first address of a host, of which others than this machine can reach it if there is one.
+
+    Raises:
+        OSError: The name is unknown.
+    """
+    found = [str(each[4][0]) for each in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    return min(found, key=lambda address: ipaddress.ip_address(address.partition("%")[0]).is_loopback)
+
+
+def address_towards(host: str, port: int) -> str:
+    """The address of this machine from which it reaches another one. Nothing is sent.
+
+    Raises:
+        OSError: The name is unknown, or there is no route.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
+
+
+def listen(address: str) -> tuple[int, str]:
+    """Opens a socket on a port that the system chooses.
+
+    Args:
+        address: A numeric address of this machine.
+
+    Returns:
+        Its descriptor, which the caller owns, and its endpoint.
+
+    Raises:
+        OSError: It is no address of this machine.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, 0), family=family)
+    port = int(listener.getsockname()[1])
+    return listener.detach(), endpoint_of(address, port)

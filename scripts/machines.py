@@ -1,0 +1,62 @@
+"""A second machine for scripts: a network namespace behind a virtual cable, in which an agent runs and is restarted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from processes import Server, free_port
+
+HERE, THERE = "10.77.1.1", "10.77.1.2"
+
+
+def ip(*arguments: str) -> None:
+    """Runs ip (8), which needs root and iproute2."""
+    subprocess.run(["ip", *arguments], check=True)
+
+
+@contextmanager
+def namespace() -> Iterator[list[str]]:
+    """A network namespace that is connected to ours. Yields the prefix of commands that run in it."""
+    name, cable = f"octavo{os.getpid()}", f"o{os.getpid()}"
+    ip("netns", "add", name)
+    try:
+        ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", name)
+        ip("address", "add", f"{HERE}/24", "dev", cable)
+        ip("-n", name, "address", "add", f"{THERE}/24", "dev", "eth0")
+        ip("-n", name, "link", "set", "eth0", "up")
+        ip("link", "set", cable, "up")
+        yield ["ip", "netns", "exec", name]
+    finally:
+        subprocess.run(["ip", "link", "delete", cable], check=False)
+        ip("netns", "delete", name)
+
+
+@contextmanager
+def other_machine(arguments: list[str]) -> Iterator[tuple[list[str], Server]]:
+    """Runs an agent in a namespace, again and again until it ends by itself.
+
+    Args:
+        arguments: Of ``octavo serve`` on both machines.
+
+    Yields:
+        Arguments that machine 0 needs besides, and the processes of the other machine.
+    """
+    with tempfile.TemporaryDirectory() as folder, namespace() as prefix:
+        key = str(Path(folder) / "key")
+        program = [sys.executable, "-m", "api"]
+        subprocess.run([*program, "cluster-key", key], check=True, stdout=subprocess.DEVNULL)
+        place = ["--nnodes", "2", "-pp", "2", "--cluster-key", key]
+        place += ["--master-addr", HERE, "--master-port", str(free_port())]
+        loop = 'until "$@"; do sleep 0.2; done'
+        agent = [*program, "serve", *arguments, *place, "--node-rank", "1"]
+        processes = Server([*prefix, "bash", "-c", loop, "bash", *agent])
+        try:
+            yield place, processes
+        finally:
+            processes.stop()

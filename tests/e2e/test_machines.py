@@ -1,0 +1,166 @@
+"""Two machines, played by processes of this one: whatever dies, streams go on with the tokens of one rank."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine_core.messages import WorkersLost
+from tests.e2e.rank_harness import ranks
+from tests.e2e.server import ROOT, run_cli
+
+pytestmark = pytest.mark.alone  # stages wait for each other
+
+
+class Agent:
+    """``octavo serve`` on another machine."""
+
+    def __init__(self, *flags: str, prefix: Sequence[str] = ()) -> None:
+        self.process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "api", "serve", *flags],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as lines:
+            self.lines += lines
+
+    def wait(self) -> int:
+        """Waits for its end. Returns the exit code."""
+        code = self.process.wait(60)
+        self._reader.join()
+        return code
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.wait()
+
+
+@pytest.fixture(scope="module")
+def cluster_key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("key") / "key"
+    done = run_cli("cluster-key", str(path))
+    assert done.returncode == 0 and re.match(rf"{path}: written", done.stdout)
+    return path
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def flags_of_agent(model: Path, place: dict[str, Any]) -> list[str]:
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in place.items()]
+    return ["--model", str(model), "-pp", "2", "--node-rank", "1", *flags]
+
+
+@pytest.mark.timeout(300)
+def test_two_machines(
+    one_rank: list[list[int]], tiny_model: Path, cluster_key: Path, port: int, tmp_path: Path
+) -> None:
+    place = {"nnodes": 2, "master_addr": "127.0.0.1", "master_port": port, "cluster_key": str(cluster_key)}
+    flags = flags_of_agent(tiny_model, place)
+    agents = [Agent(*flags)]
+    try:
+        with ranks(tiny_model, tmp_path, 1, 2, **place) as two:
+            assert two.generate() == one_rank
+
+            # A worker of the other machine.
+            pids = two.workers.worker_pids()
+            assert two.generate(lambda: os.kill(pids[1], signal.SIGKILL)) == one_rank
+            (lost,) = two.messages(WorkersLost)
+            assert re.match(
+                rf"worker 1 \(pid {pids[1]}\) ended with exit code -9 on machine 1 \(.*, 127.0.0.1\)", lost.reason
+            )
+
+            # The other machine.
+            def replace_agent() -> None:
+                agents[0].kill()
+                agents.append(Agent(*flags))
+
+            assert two.generate(replace_agent) == one_rank
+            assert re.match(r"machine 1 \(.*, 127.0.0.1\) is gone", two.messages(WorkersLost)[1].reason)
+        assert agents[1].wait() == 0, "the leader has said goodbye"
+    finally:
+        for agent in agents:
+            agent.kill()
+
+
+NAMESPACE, LINK = f"octavo{os.getpid()}", f"o{os.getpid()}"
+HERE, THERE = "10.77.0.1", "10.77.0.2"
+
+
+@pytest.fixture
+def cable() -> Iterator[str]:
+    """The name of an interface that leads to another network namespace."""
+
+    def ip(*arguments: str) -> None:
+        done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"network namespaces cannot be used: ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+    if os.geteuid() or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    try:
+        ip("netns", "add", NAMESPACE)
+        ip("link", "add", LINK, "type", "veth", "peer", "name", "eth0", "netns", NAMESPACE)
+        ip("address", "add", f"{HERE}/24", "dev", LINK)
+        ip("-n", NAMESPACE, "address", "add", f"{THERE}/24", "dev", "eth0")
+        ip("-n", NAMESPACE, "link", "set", "eth0", "up")
+        ip("link", "set", LINK, "up")
+        yield LINK
+    finally:
+        subprocess.run(["ip", "link", "delete", LINK], capture_output=True, check=False)
+        subprocess.run(["ip", "netns", "delete", NAMESPACE], capture_output=True, check=False)
+
+
+@pytest.mark.timeout(300)
+def test_a_pulled_cable(
+    one_rank: list[list[int]],
+    tiny_model: Path,
+    cluster_key: Path,
+    port: int,
+    cable: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("executor.nodes.members.NODE_TIMEOUT", 2.0)
+    place = {"nnodes": 2, "master_addr": HERE, "master_port": port, "cluster_key": str(cluster_key)}
+    agent = Agent(*flags_of_agent(tiny_model, place), prefix=["ip", "netns", "exec", NAMESPACE])
+    try:
+        with ranks(tiny_model, tmp_path, 1, 2, **place) as two:
+
+            def pull() -> None:
+                subprocess.run(["ip", "link", "set", cable, "down"], check=True)
+                two.run_until(lambda: bool(two.messages(WorkersLost)))
+                subprocess.run(["ip", "link", "set", cable, "up"], check=True)
+
+            assert two.generate(pull) == one_rank
+            (lost,) = two.messages(WorkersLost)
+            assert re.match(rf"machine 1 \(.*, {THERE}\) has said nothing for 2 s", lost.reason)
+            listening = subprocess.run(
+                ["ip", "netns", "exec", NAMESPACE, "ss", "-Hltn"], capture_output=True, text=True, check=False
+            ).stdout
+            assert all(line.split()[3].startswith(f"{THERE}:") for line in listening.splitlines()), "no other address"
+    finally:
+        agent.kill()

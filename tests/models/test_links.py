@@ -1,0 +1,79 @@
+"""Links between stages on different machines."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from executor.config import ParallelConfig
+from executor.multiproc import Network
+from executor.nodes.head import open_listeners
+from executor.nodes.links import LinkError, NetworkLinks
+from executor.parallel import places
+
+RANKS = places(ParallelConfig(pipeline_parallel_size=3, nnodes=3))
+DEADLINE = 10.0
+
+
+def open_links(stack: ExitStack, missing: int | None = None) -> list[NetworkLinks | None]:
+    """The links of each rank, but of one that is missing."""
+    listeners = [open_listeners(RANKS, rank, "127.0.0.1") for rank in range(3)]
+    endpoints = {name: endpoint for each in listeners for name, (_, endpoint) in each.items()}
+    network = Network(cluster_key=b"k" * 32, addresses=("a", "b", "c"), endpoints=endpoints)
+    result: list[NetworkLinks | None] = []
+    for rank, own in enumerate(listeners):
+        if rank == missing:
+            result.append(None)
+            continue
+        links = NetworkLinks(network, RANKS, RANKS[rank], {name: fd for name, (fd, _) in own.items()})
+        stack.callback(links.close)
+        result.append(links)
+    return result
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def test_messages_between_machines(stack: ExitStack) -> None:
+    first, second, third = open_links(stack)
+    assert first is not None and second is not None and third is not None
+    for links in (first, second, third):
+        links.check(DEADLINE)
+    assert [links.first_rank for links in (first, second, third)] == [0, 1, 2]
+    assert set(first.sources) == {"tokens.0"} and set(first.targets) == {"hidden.1"}
+    assert set(second.sources) == {"hidden.1", "tokens.1"} and set(second.targets) == {"hidden.2"}
+    assert set(third.sources) == {"hidden.2"} and set(third.targets) == {"tokens.0", "tokens.1"}
+    source, target = second.sources["hidden.1"], first.targets["hidden.1"]
+    assert source.num_arrived() == 0
+    for step in range(1, 6):
+        target.send(step, torch.full((step, 300), step, dtype=torch.bfloat16))
+    count = 0
+    while count < 5:
+        assert select.select([source], [], [], DEADLINE)[0]
+        count = source.num_arrived()
+    for step in range(1, 6):
+        assert source.take(step).view(torch.bfloat16).tolist() == [step] * step * 300
+    target.send(6, torch.zeros(0))
+    target.send(8, torch.zeros(1))
+    while source.num_arrived() < 7:
+        assert select.select([source], [], [], DEADLINE)[0]
+    assert len(source.take(6)) == 0
+    with pytest.raises(LinkError, match="^the connection to another machine broke: step 7 is missing, step 8 came$"):
+        source.take(7)
+
+
+def test_a_machine_that_cannot_reach_another_one_is_named(stack: ExitStack) -> None:
+    first, _, third = open_links(stack, missing=1)
+    assert first is not None and third is not None
+    first.check(DEADLINE)
+    with pytest.raises(
+        LinkError, match=r"^machine 1 \(b\) cannot reach machine 2 at tcp://127.0.0.1:\d+: no connection"
+    ):
+        third.check(0.05)
