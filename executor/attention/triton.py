@@ -7,6 +7,7 @@ import torch
 from executor.attention.base import LATENT, AttentionStep, OpsAttention, unsupported_kind
 from ops import AttentionMetadata, AttentionShape
 from ops.dispatch import is_used
+from ops.triton import latent
 from ops.triton.attention import planned, unsupported, unsupported_cache
 
 
@@ -27,7 +28,7 @@ class TritonAttention(OpsAttention):
         if not is_used("triton"):
             return "this device does not run Triton's kernels"
         if shape.kind == LATENT:
-            return "latent attention is not supported on GPUs yet"
+            return latent.unsupported(shape, dtype)
         if not shape.is_cached:
             return "layers without a KV cache (encoders) are not supported yet"
         return unsupported_kind(shape) or unsupported(shape, dtype)
@@ -43,6 +44,10 @@ class TritonAttention(OpsAttention):
         reason = unsupported_cache(dtype, self._dtype)
         if reason is not None:
             raise ValueError(f"--kv-cache-dtype: {reason}")
+        if shape.kind == LATENT:
+            if dtype != self._dtype:
+                raise ValueError("--kv-cache-dtype: GPUs keep latents in the type of the activations; use auto")
+            return ((num_blocks, 1, block_size, shape.head_dim),)
         return tuple((num_blocks, shape.num_kv_heads, block_size, dim) for dim in (shape.head_dim, shape.v_dim))
 
     def plan(self, step: AttentionStep) -> AttentionMetadata:

@@ -74,7 +74,7 @@ CATALOG = (
         ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"),
         ("deepseek-ai/DeepSeek-V2-Lite-Chat", "deepseek-ai/DeepSeek-V3", "moonshotai/Kimi-K2-Instruct"),
         gguf=("deepseek2",),
-        limits="on CPUs only; no KV cache in 8 bits",
+        limits="no KV cache in 8 bits; on GPUs no float32",
     ),
     Entry(
         "ERNIE 4.5",
@@ -134,7 +134,7 @@ CATALOG = (
         ("Glm4MoeLiteForCausalLM",),
         ("zai-org/GLM-4.7-Flash",),
         gguf=("deepseek2",),
-        limits="on CPUs only; no KV cache in 8 bits",
+        limits="no KV cache in 8 bits; on GPUs no float32",
     ),
     Entry("GPT-2", ("GPT2LMHeadModel",), ("openai-community/gpt2", "distilbert/distilgpt2"), gguf=("gpt2",)),
     Entry("GPT-J", ("GPTJForCausalLM",), ("EleutherAI/gpt-j-6b",)),

@@ -117,6 +117,16 @@ def unsupported_cache(kv_dtype: torch.dtype, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _is_wide(shape: AttentionShape) -> bool:
+    """Whether its heads are latents (``latent.py``)."""
+    return max(shape.head_dim, shape.v_dim) > MAX_HEAD_DIM
+
+
+def _split_parts(shape: AttentionShape) -> int:
+    """See ``SPLIT_PARTS``. A part of latents has more programs, and results that take more memory."""
+    return max(1, SPLIT_PARTS // 8) if _is_wide(shape) else SPLIT_PARTS
+
+
 def split_queries(shape: AttentionShape) -> int:
     """Queries of a row up to which it is split into parts."""
     return max(1, 2 * SPLIT_ROWS // _group(shape))
@@ -146,7 +156,7 @@ def new_work_list(
     group = _group(shape)
     tokens = min(num_tokens, num_rows * split_queries(shape)) if has_prefill else num_tokens
     tiles = triton.cdiv(tokens * group, SPLIT_ROWS) + num_rows
-    split = tiles + min(tiles * triton.cdiv(context, PART), SPLIT_PARTS * (2 + group // SPLIT_ROWS))
+    split = tiles + min(tiles * triton.cdiv(context, PART), _split_parts(shape) * (2 + group // SPLIT_ROWS))
     whole = triton.cdiv(num_tokens * group, whole_tile(shape, dtype)[0]) + num_rows
     sizes = (split, whole if has_prefill else 0)
     items = [like.new_empty((size, ITEM), dtype=torch.int32) for size in sizes]
@@ -186,7 +196,7 @@ def plan_attention(
         SPLIT_QUERIES=split_queries(shape) if out.whole is not None else 1 << 30,
         SPLIT_ROWS=SPLIT_ROWS,
         WHOLE_ROWS=whole_tile(shape, dtype)[0],
-        MAX_SLOTS=SPLIT_PARTS * _group(shape),
+        MAX_SLOTS=_split_parts(shape) * _group(shape),
         PART=PART,
         WINDOW=_window(shape),
         CAUSAL=shape.causal,
@@ -286,11 +296,12 @@ def _merged(total_max, total_units, total, part_max, part_units, part):
 
 @triton.jit
 def _step_of_part(
-    q, k, v, largest, units, sums, position, token, slopes, end, scale, cap,
+    products, v, largest, units, sums, position, token, slopes, end, scale, cap,
     WINDOW: tl.constexpr, CAUSAL: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: adds the tokens ``token`` with their ``k`` and ``v`` to the sums of a part."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    """One step of the online softmax: adds the tokens ``token`` with their products of q and k, and their ``v``, to
+    the sums of a part."""
+    scores = products * scale
     if HAS_CAP:
         scores = cap - 2.0 * cap / (tl.exp2(scores) + 1.0)
     distance = position[:, None] - token[None, :]
@@ -341,8 +352,9 @@ def _attend(
             # Numbers of a cache in 8 bits are exact in the type of the queries.
             k = _load_rows(k_ptr, slot * K_DIM, K_DIM, K_TILE).to(q.dtype)
             v = _load_rows(v_ptr, slot * V_DIM, V_DIM, V_TILE).to(q.dtype)
+            products = tl.dot(q, tl.trans(k), input_precision="ieee")
             largest, units, sums = _step_of_part(
-                q, k, v, largest, units, sums, position, token, slopes, end, scale, cap,
+                products, v, largest, units, sums, position, token, slopes, end, scale, cap,
                 WINDOW, CAUSAL, HAS_CAP, HAS_SLOPES,
             )  # fmt: skip
         total_max, total_units, total = _merged(total_max, total_units, total, largest, units, sums)
@@ -558,7 +570,7 @@ def _partial_results(
     if not is_split:
         return {"partial_ptr": None, "state_ptr": None, "arrivals_ptr": None}
     parts = triton.cdiv(meta.block_table.shape[1] * meta.block_size, PART)
-    slots = _group(shape) * min(q.shape[0] * parts, SPLIT_PARTS)
+    slots = _group(shape) * min(q.shape[0] * parts, _split_parts(shape))
     size = slots * shape.num_kv_heads
     return {
         "partial_ptr": scratch.get("attention.partial", size * shape.v_dim, torch.float32, q.device),
@@ -592,6 +604,8 @@ def _step(shape: AttentionShape, dtype: torch.dtype) -> int:
 def whole_tile(shape: AttentionShape, dtype: torch.dtype) -> tuple[int, int, int]:
     """Height of the tiles of long rows, warps and stages. None of them decides bits."""
     largest = max(shape.head_dim, shape.v_dim)
+    if _is_wide(shape):
+        return 16, 8, 1
     if dtype == torch.float32:
         return (16, 4, 2) if largest <= 64 else (32, 8, 2) if largest <= 128 else (16, 8, 1)
     if target().capability == 90 and largest <= 128:
@@ -603,6 +617,8 @@ def whole_tile(shape: AttentionShape, dtype: torch.dtype) -> tuple[int, int, int
 
 def split_tile(shape: AttentionShape, dtype: torch.dtype) -> tuple[int, int, int]:
     """Likewise of the tiles of parts."""
+    if _is_wide(shape):
+        return SPLIT_ROWS, 8, 1
     if target().capability == 100 and dtype == torch.float32:
         return SPLIT_ROWS, 8, 1
     widest = {0: 64, 100: 0}.get(target().capability, 128)

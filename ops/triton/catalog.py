@@ -23,6 +23,7 @@ MODULES = (
     "gather",
     "gemm",
     "kv_cache",
+    "latent",
     "logprobs",
     "norm",
     "per_token",

@@ -66,17 +66,19 @@ def experts_of(
     has_bias: bool = False,
     scales_input: bool = False,
     activation: Any = "silu",
+    hidden: int = HIDDEN,
+    inner: int = INNER,
 ) -> ExpertWeights:
     def biases(size: int, seed: int) -> tuple[Tensor, ...] | None:
         return tuple(randn(size, seed=seed + i, dtype=dtype) for i in range(EXPERTS)) if has_bias else None
 
     is_gated = activation != "relu2"
-    rows = 2 * INNER if is_gated else INNER
+    rows = 2 * inner if is_gated else inner
     return ExpertWeights(
-        tuple(pack(rows, HIDDEN, 10 + index, dtype, is_gated) for index in range(EXPERTS)),
-        tuple(pack(HIDDEN, INNER, 30 + index, dtype, False) for index in range(EXPERTS)),
+        tuple(pack(rows, hidden, 10 + index, dtype, is_gated) for index in range(EXPERTS)),
+        tuple(pack(hidden, inner, 30 + index, dtype, False) for index in range(EXPERTS)),
         biases(rows, 50),
-        biases(HIDDEN, 60),
+        biases(hidden, 60),
         activation,
         TOP_K,
         scales_input,
@@ -85,7 +87,8 @@ def experts_of(
 
 def check(weights: ExpertWeights, dtype: torch.dtype) -> None:
     """All tokens by two threads, against the definition, and against the tokens one by one and in parts."""
-    x, shared = randn(TOKENS, HIDDEN, dtype=dtype), randn(TOKENS, HIDDEN, seed=1, dtype=dtype)
+    hidden = weights.down[0].shape[0]
+    x, shared = randn(TOKENS, hidden, dtype=dtype), randn(TOKENS, hidden, seed=1, dtype=dtype)
     routed = ops.route(randn(TOKENS, EXPERTS, seed=2), Routing(TOP_K, normalize=True))
     routed[5:18] = routed[5]  # more rows of an expert than a tile has
     routed[20] = 0
@@ -120,6 +123,18 @@ def test_experts_without_gates(capability: str, pack: Any) -> None:
 def test_quantized(capability: str, name: str) -> None:
     with use(capability):
         check(experts_of(FORMATS[name], torch.bfloat16), torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+def test_k_quants(capability: str, kind: str) -> None:
+    """Weights of so many blocks of rows that threads take several at a time."""
+
+    def pack(rows: int, columns: int, seed: int, dtype: torch.dtype, paired: bool) -> Weight:
+        segments = [(blocks(kind, rows, columns, seed), kind)]
+        return ops.pack_blocks(segments, dtype=dtype, activations="int8", paired=paired)
+
+    with use(capability):
+        check(experts_of(pack, torch.bfloat16, hidden=512, inner=256), torch.bfloat16)
 
 
 def test_routing_does_not_depend_on_the_batch(capability: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -62,8 +63,12 @@ class LatentRequests:
         positions = torch.cat(list(places.values())).int()
         layout: ops.KVLayout = "plain" if self.plain else "tiled"
         cache = (self.cache,)
-        out = ops.latent_attention(q, q_rope, latents, k_rope, positions, self.cos_sin, cache, meta, self.shape, layout)
+        out = self.attend(q, q_rope, latents, k_rope, positions, self.cos_sin, cache, meta, self.shape, layout)
         return dict(zip(counts, out.split(sizes), strict=True))
+
+    def attend(self, *args: Any) -> Tensor:
+        """The op."""
+        return ops.latent_attention(*args)
 
 
 @EVERY

@@ -43,6 +43,8 @@ template <class Code>
 constexpr bool kMultipliesInPlace = false;
 #endif
 
+constexpr int kNoLine = 1 << 30;
+
 // Packed blocks, decoded as they are read. Each cache line that is read prefetches one further on; or each block, some
 // lines of one that lies `distance` bytes after it, and other tiles of rows the others. `kInPlace_`: see `Products`.
 template <class F, bool kInPlace_ = false>
@@ -53,8 +55,6 @@ struct PackedBlocks {
     uintptr_t ahead;       // bytes; 0: what is prefetched is there already
     uintptr_t distance;    // bytes
     int first_line, step;  // bytes; nothing is prefetched from `first_line` = kNoLine on
-
-    static constexpr int kNoLine = 1 << 30;
 
     void prefetch_header() const {
         for (int line = 0; line < at.layout->header_bytes; line += kCacheLineBytes)
@@ -86,6 +86,13 @@ struct PackedBlocks {
             Code::template get<kLine>(codes + part, first, second);
     }
     void next() { at.next(); }
+};
+
+// The bytes from which it starts, and how it prefetches.
+struct Source {
+    Cursor at;
+    uintptr_t ahead, distance;
+    int first_line, step;
 };
 
 // Blocks that were decoded before.
@@ -315,6 +322,26 @@ void choose_rows(const Blocks& weight, int blocks, int rows, const Int8Block* x,
     kTable[rows - 1](weight, blocks, x, sums);
 }
 
+// Products of some rows with blocks of k of 32 columns.
+template <class F>
+inline void multiply(const Source& from, int blocks, int rows, const Int8Block* x, float* sums) {
+    if constexpr (F::Scales::kHasFactors) {
+        using Packed = PackedBlocks<F, kMultipliesInPlace<typename F::Code>>;
+        if (rows <= kRowsOfSupers)
+            return multiply_supers_of(Packed{from.at, from.ahead, from.distance, from.first_line, from.step}, blocks,
+                                      rows, x, sums, std::make_integer_sequence<int, kRowsOfSupers>());
+    }
+    if constexpr (F::kIsInteger)
+        choose_rows(PackedBlocks<F>{from.at, from.ahead, from.distance, from.first_line, from.step}, blocks, rows, x,
+                    sums, std::make_integer_sequence<int, kInt8Rows>());
+}
+
+// How far ahead weights are prefetched for so many rows; 0: the CPU does so by itself.
+uintptr_t bytes_ahead(const QuantizedLayout& layout, int rows) {
+    const bool are_bytes = layout.block_bytes == 2 * Bytes::kHalfBytes;
+    return is_amd() && rows <= (are_bytes ? kRowsOfBytesReadByHardware : kRowsReadByHardware) ? 0 : kAheadBytes;
+}
+
 // Codes that were decoded are multiplied alike, unless their products are added up in 16 bits.
 constexpr int decoded_bits(int bits) {
 #if defined(OCTAVO_ADD_PAIRS)
@@ -358,25 +385,26 @@ template void quantize_row(const float*, int, Int8Block*, int64_t);
 
 void dot_int8(const QuantizedLayout& layout, const uint8_t* weight, const Range& range, int rows, const Int8Block* x,
               float* sums, const Turn& turn) {
-    const bool are_bytes = layout.block_bytes == 2 * Bytes::kHalfBytes;
-    const bool is_there = is_amd() && rows <= (are_bytes ? kRowsOfBytesReadByHardware : kRowsReadByHardware);
-    const uintptr_t ahead = is_there || turn.count > 1 ? 0 : kAheadBytes;
+    const uintptr_t ahead = turn.count > 1 ? 0 : bytes_ahead(layout, rows);
     const Cursor at = Cursor::at(layout, weight, range.begin), end = Cursor::at(layout, weight, range.end);
     const uintptr_t distance = address_of(end.codes) - address_of(at.codes);
-    const int blocks = range.end - range.begin, step = turn.count * kCacheLineBytes;
+    const int step = turn.count * kCacheLineBytes;
+    const int first_line = turn.count > 1 ? turn.index * kCacheLineBytes : kNoLine;
     with_form(layout.encoding, [&](auto form) {
-        using F = decltype(form);
-        using Packed = PackedBlocks<F>;
-        const int first_line = turn.count > 1 ? turn.index * kCacheLineBytes : Packed::kNoLine;
-        if constexpr (F::Scales::kHasFactors) {
-            if (rows <= kRowsOfSupers)
-                return multiply_supers_of(
-                    PackedBlocks<F, kMultipliesInPlace<typename F::Code>>{at, ahead, distance, first_line, step},
-                    blocks, rows, x, sums, std::make_integer_sequence<int, kRowsOfSupers>());
-        }
-        if constexpr (F::kIsInteger)
-            choose_rows(Packed{at, ahead, distance, first_line, step}, blocks, rows, x, sums,
-                        std::make_integer_sequence<int, kInt8Rows>());
+        multiply<decltype(form)>({at, ahead, distance, first_line, step}, range.end - range.begin, rows, x, sums);
+    });
+}
+
+void dot_int8_blocks(const QuantizedLayout& layout, const uint8_t* weight, int row_blocks, int rows, const Int8Block* x,
+                     float* sums) {
+    const uintptr_t ahead = bytes_ahead(layout, rows);
+    const int blocks = layout.shape.column_blocks();
+    const int64_t stride = layout.stride();
+    std::memset(sums, 0, static_cast<size_t>(row_blocks) * rows * kColumns * sizeof(float));
+    with_form(layout.encoding, [&](auto form) {
+        for (int i = 0; i < row_blocks; ++i, sums += rows * kColumns)
+            multiply<decltype(form)>({Cursor::at(layout, weight + i * stride, 0), ahead, 0, kNoLine, kCacheLineBytes},
+                                     blocks, rows, x, sums);
     });
 }
 

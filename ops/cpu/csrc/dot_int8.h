@@ -47,6 +47,10 @@ struct Turn {
 void dot_int8(const QuantizedLayout& layout, const uint8_t* weight, const Range& blocks, int rows, const Int8Block* x,
               float* sums, const Turn& turn);
 
+// sums[block][r][0..31] = x[r] * 32 rows of the weight, for each of some consecutive blocks of these.
+void dot_int8_blocks(const QuantizedLayout& layout, const uint8_t* weight, int row_blocks, int rows, const Int8Block* x,
+                     float* sums);
+
 // The same in parts, of `blocks` decoded blocks of a k-quant.
 void dot_decoded(const QuantizedLayout& layout, const DecodedBlock* panel, int blocks, int rows, const Int8Block* x,
                  float* sums);

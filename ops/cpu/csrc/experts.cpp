@@ -16,7 +16,9 @@ namespace octavo {
 namespace {
 
 // Of a weight, about, that a thread takes at a time.
-constexpr int64_t kTaskBytes = 48 << 10;
+constexpr int64_t kTaskBytes = 160 << 10;
+// Of an expert's weight, prefetched while the one before is multiplied: after that the CPU's prefetcher has begun.
+constexpr int64_t kFirstBytes = 4 << 10;
 // Memory for the rows between the products; steps that need more are computed in pieces.
 constexpr size_t kMostBytes = 64 << 20;
 
@@ -302,6 +304,7 @@ struct Piece {
     const Between& sizes;
     const Sorted& sorted;
     uint8_t* staged_x;
+    size_t x_stride;  // bytes from one row's to the next's; 0: they are the same
     uint8_t* staged_inner;
     T* inner;
     float* results;
@@ -323,7 +326,7 @@ struct Piece {
         of_inner.add_to(result, expert);
         return result;
     }
-    void* staged_x_of(int expert) const { return staged_x + sorted.starts[expert] * sizes.staged_x; }
+    void* staged_x_of(int expert) const { return staged_x + sorted.starts[expert] * x_stride; }
     void* staged_inner_of(int expert) const { return staged_inner + sorted.starts[expert] * sizes.staged_inner; }
 };
 
@@ -375,6 +378,19 @@ void stage_x(const Piece<T>& piece, const Team& team) {
     });
 }
 
+// The same of a single token: every thread stages it, which is quicker than a barrier, and all of its experts read it.
+template <class T>
+void stage_token(Piece<T>& piece, const Team& team) {
+    OctavoLinear linear = piece.gate_up(piece.sorted.touched[0]);
+    OctavoStep step = {};
+    step.logits_rows = piece.sorted.tokens;
+    linear.x = piece.op.x;
+    linear.gather = 1;
+    piece.staged_x = team.scratch.take<uint8_t>(piece.sizes.staged_x);
+    piece.x_stride = 0;
+    stage_tile(linear, step, 1, 0, piece.staged_x);
+}
+
 // The results of gates and ups, if they do not lie side by side in the weight, become those of the activation.
 template <class T>
 void activate_row(T* row, const OctavoExperts& op, int inner) {
@@ -401,18 +417,36 @@ void stage_inner(const Piece<T>& piece, const Team& team) {
     });
 }
 
+// Prefetches what a weight holds from a block on.
+void fetch_first(const OctavoLinear& linear, int block) {
+    const uintptr_t first = address_of_block(linear, block);
+    for (int64_t line = 0; line < kFirstBytes; line += kCacheLine) prefetch(first + line);
+}
+
+// The same of this thread's share, before it can be multiplied.
+template <class Make>
+void fetch_share(const Sorted& sorted, const Team& team, Make make) {
+    const int blocks = row_blocks_of(make(sorted.touched[0]));
+    const Range mine = team.share(sorted.num_touched * blocks);
+    if (mine.begin < mine.end) fetch_first(make(sorted.touched[mine.begin / blocks]), mine.begin % blocks);
+}
+
 // Divides the products of all experts with their weights into tasks: some blocks of 32 columns of one.
 template <class Make, class Staged>
 void multiply_all(const Sorted& sorted, const Team& team, Make make, Staged staged) {
     const OctavoLinear any = make(sorted.touched[0]);
     const int blocks = row_blocks_of(any);
-    const int step =
-        static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(blocks, kTaskBytes / block_bytes_of(any))));
-    const int tasks = blocks_of(blocks, step);
-    team.each(sorted.num_touched * tasks, team.size, [&](int item, int) {
-        const int expert = sorted.touched[item / tasks], first = item % tasks * step;
-        multiply_part(make(expert), sorted.rows_of(expert), staged(expert), {first, std::min(first + step, blocks)},
-                      team);
+    const int most = static_cast<int>(std::max<int64_t>(1, kTaskBytes / block_bytes_of(any)));
+    team.each_run(sorted.num_touched * blocks, team.size, most, [&](Range items, int end) {
+        while (items.begin < items.end) {
+            const int number = items.begin / blocks, first = items.begin % blocks;
+            const int last = std::min(blocks, first + items.end - items.begin);
+            const int next = (number + 1) * blocks;
+            if (last == blocks && next < end) fetch_first(make(sorted.touched[number + 1]), 0);
+            const int expert = sorted.touched[number];
+            multiply_part(make(expert), sorted.rows_of(expert), staged(expert), {first, last}, team);
+            items.begin += last - first;
+        }
     });
 }
 
@@ -489,6 +523,7 @@ void run_piece(const OctavoExperts& op, const OctavoStep& step, const Between& s
                       sizes,
                       sorted,
                       take(rows * sizes.staged_x),
+                      sizes.staged_x,
                       take(rows * sizes.staged_inner),
                       static_cast<T*>(op.inner ? op.inner : static_cast<void*>(take(rows * sizes.width * sizeof(T)))),
                       reinterpret_cast<float*>(take(rows * sizes.hidden * sizeof(float))),
@@ -507,17 +542,21 @@ void run_piece(const OctavoExperts& op, const OctavoStep& step, const Between& s
         choose(piece.of_inner, op.down_adapters);
     }
     if (rows) {
-        stage_x(piece, team);
-        team.wait();
-        multiply_all(
-            sorted, team, [&](int expert) { return piece.gate_up(expert); },
-            [&](int expert) { return piece.staged_x_of(expert); });
+        const auto gate_up = [&](int expert) { return piece.gate_up(expert); };
+        const auto down = [&](int expert) { return piece.down(expert); };
+        fetch_share(sorted, team, gate_up);
+        if (tokens.end - tokens.begin == 1 && !op.scales_input && !piece.of_x.adapters) {
+            stage_token(piece, team);
+        } else {
+            stage_x(piece, team);
+            team.wait();
+        }
+        multiply_all(sorted, team, gate_up, [&](int expert) { return piece.staged_x_of(expert); });
+        fetch_share(sorted, team, down);
         wait_for_inner(op, step, team);
         stage_inner(piece, team);
         team.wait();
-        multiply_all(
-            sorted, team, [&](int expert) { return piece.down(expert); },
-            [&](int expert) { return piece.staged_inner_of(expert); });
+        multiply_all(sorted, team, down, [&](int expert) { return piece.staged_inner_of(expert); });
         team.wait();
     }
     combine(piece, tokens, team);

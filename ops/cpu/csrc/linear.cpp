@@ -301,6 +301,11 @@ int64_t block_bytes_of(const OctavoLinear& op) {
     return with_type(op.type, [&](auto number) { return elements * static_cast<int64_t>(sizeof(number)); });
 }
 
+uintptr_t address_of_block(const OctavoLinear& op, int block) {
+    if (op.weight.num_segments) return address_of_quantized_block(op, block);
+    return address_of(op.weight.data) + block * block_bytes_of(op);
+}
+
 void stage_tile(const OctavoLinear& op, const OctavoStep& step, int rows, int tile, void* staged) {
     if (op.weight.num_segments) return stage_quantized_tile(op, step, rows, tile, staged);
     with_type(op.type, [&](auto number) {

@@ -193,6 +193,7 @@ size_t staged_bytes(const OctavoLinear& op);
 // Blocks of 32 rows of the weight, and bytes of each.
 int row_blocks_of(const OctavoLinear& op);
 int64_t block_bytes_of(const OctavoLinear& op);
+uintptr_t address_of_block(const OctavoLinear& op, int block);
 // Stages one of the tiles of `rows` rows.
 void stage_tile(const OctavoLinear& op, const OctavoStep& step, int rows, int tile, void* staged);
 // Products of all staged rows with some blocks of the weight, with the op's epilogue.
@@ -203,6 +204,7 @@ int most_quantized_rows(const OctavoLinear& op);
 size_t staged_quantized_bytes(const OctavoLinear& op);
 int quantized_row_blocks(const OctavoLinear& op);
 int64_t quantized_block_bytes(const OctavoLinear& op);
+uintptr_t address_of_quantized_block(const OctavoLinear& op, int block);
 void stage_quantized_tile(const OctavoLinear& op, const OctavoStep& step, int rows, int tile, void* staged);
 void multiply_quantized_part(const OctavoLinear& op, int rows, const void* staged, const Range& blocks,
                              const Team& team);

@@ -41,23 +41,39 @@ constexpr int kTokenRowsReadByHardware = 1;
 // Bytes of the weight that a thread takes at a time, about, and the least part of its share.
 constexpr int64_t kBytesAtATime = 24 << 10;
 constexpr int kLeastPart = 8;
+// The same of one tile of rows, and blocks of 32 rows of the weight that are multiplied before their epilogues.
+constexpr int64_t kBytesOfTile = 160 << 10;
+constexpr int kBlocksPerCall = 4;
 
-// Calls `function(layout, rows, columns)` for these blocks of 32 rows of the weight: `rows` are their bytes, `columns`
-// those of the result.
+// Calls `function(layout, rows, columns)` for these blocks of 32 rows of the weight, those of each segment together:
+// `rows` are the bytes of all, `columns(i)` those of the result that the i-th of `columns.count` makes.
 template <class F>
-void each_block_of(const OctavoWeight& weight, const Range& range, F function) {
+void each_segment_of(const OctavoWeight& weight, const Range& range, F function) {
+    struct SegmentColumns {
+        const PackedShape& shape;
+        int first, count, row, first_block;
+        Columns operator()(int i) const { return Columns::of(shape, first + i, row, first_block); }
+    };
     int first_block = 0, first_row = 0;
-    for (int i = 0; i < weight.num_segments; ++i) {
+    for (int i = 0; i < weight.num_segments && first_block < range.end; ++i) {
         const OctavoSegment& segment = weight.segments[i];
         const QuantizedLayout layout(segment.encoding, segment.rows, weight.columns, weight.paired != 0);
         const int blocks = layout.shape.row_blocks();
         const int begin = std::max(range.begin - first_block, 0), end = std::min(range.end - first_block, blocks);
-        const uint8_t* data = static_cast<const uint8_t*>(segment.data);
-        for (int block = begin; block < end; ++block)
-            function(layout, data + block * layout.stride(), Columns::of(layout.shape, block, first_row, first_block));
+        if (begin < end)
+            function(layout, static_cast<const uint8_t*>(segment.data) + begin * layout.stride(),
+                     SegmentColumns{layout.shape, begin, end - begin, first_row, first_block});
         first_block += blocks;
         first_row += segment.rows;
     }
+}
+
+// The same block by block: calls `function(layout, rows, columns)`.
+template <class F>
+void each_block_of(const OctavoWeight& weight, const Range& range, F function) {
+    each_segment_of(weight, range, [&](const QuantizedLayout& layout, const uint8_t* rows, const auto& columns) {
+        for (int i = 0; i < columns.count; ++i) function(layout, rows + i * layout.stride(), columns(i));
+    });
 }
 
 int row_blocks(const OctavoWeight& weight) {
@@ -155,12 +171,33 @@ void multiply_group(const OctavoLinear& op, const QuantizedLayout& layout, const
                   sums + (tile - tiles.begin) * kInt8Rows * kColumns);
 }
 
+// Products of a single tile with some blocks of the weight. Memory is the limit, so little is done between its reads.
+template <class T>
+void multiply_tile(const OctavoLinear& op, const Int8Rows& rows, const Range& blocks) {
+    alignas(kCacheLine) float sums[kBlocksPerCall * kInt8Rows * kColumns];
+    const int count = rows.tiles.rows;
+    each_segment_of(op.weight, blocks, [&](const QuantizedLayout& layout, const uint8_t* weight, const auto& columns) {
+        for (int first = 0; first < columns.count; first += kBlocksPerCall) {
+            const int some = std::min(kBlocksPerCall, columns.count - first);
+            dot_int8_blocks(layout, weight + first * layout.stride(), some, count, rows.data, sums);
+            for (int i = 0; i < some; ++i) finish<T>(op, columns(first + i), 0, count, sums + i * count * kColumns);
+        }
+    });
+}
+
 // Some tiles stay in the L2 cache while all weights pass by.
 template <class T>
 void multiply_int8(const OctavoLinear& op, const OctavoStep& step, const Team& team, int num_rows) {
     const Tiles tiles = Tiles::of(num_rows, kInt8Rows);
     const Grid grid = divide(tiles.count, row_blocks(op.weight), team.index, team.size);
     const Int8Rows rows = int8_rows<T>(op, step, team, tiles);
+    if (tiles.count == 1) {
+        const QuantizedLayout layout(op.weight.segments[0].encoding, op.weight.segments[0].rows, op.weight.columns,
+                                     false);
+        const int most = static_cast<int>(std::max<int64_t>(1, kBytesOfTile / layout.stride()));
+        return team.each_run(row_blocks(op.weight), grid.parts, most,
+                             [&](const Range& blocks, int) { multiply_tile<T>(op, rows, blocks); });
+    }
     const int64_t tile_bytes = kInt8Rows * static_cast<int64_t>(rows.blocks) * sizeof(Int8Block);
     const int most = static_cast<int>(std::max<int64_t>(kMinTilesPerPanel, kRowBytesPerGroup / tile_bytes));
     const size_t num_sums = static_cast<size_t>(std::min(most, tiles.count)) * kInt8Rows * kColumns;
@@ -318,6 +355,7 @@ void multiply_int8_part(const OctavoLinear& op, int num_rows, const Int8Block* d
                         const Team& team) {
     const Tiles tiles = Tiles::of(num_rows, kInt8Rows);
     const Int8Rows rows = {tiles, data, blocks_of(op.weight.columns, kBlock)};
+    if (tiles.count == 1) return multiply_tile<T>(op, rows, part);
     const int64_t tile_bytes = kInt8Rows * static_cast<int64_t>(rows.blocks) * sizeof(Int8Block);
     const int most = static_cast<int>(std::max<int64_t>(kMinTilesPerPanel, kRowBytesPerGroup / tile_bytes));
     const size_t num_sums = static_cast<size_t>(std::min(most, tiles.count)) * kInt8Rows * kColumns;
@@ -417,6 +455,13 @@ size_t staged_quantized_bytes(const OctavoLinear& op) {
     if (op.weight.rounding == kByBlock) return blocks * sizeof(Int8Block);
     if (op.weight.rounding == kByRow) return bytes_of_tokens(1, op.weight.columns);
     return with_type(op.type, [&](auto number) { return blocks * kBlock * sizeof(LeftOf<decltype(number)>); });
+}
+
+uintptr_t address_of_quantized_block(const OctavoLinear& op, int block) {
+    uintptr_t result = 0;
+    each_segment_of(op.weight, {block, block + 1},
+                    [&](const QuantizedLayout&, const uint8_t* rows, const auto&) { result = address_of(rows); });
+    return result;
 }
 
 int quantized_row_blocks(const OctavoLinear& op) { return row_blocks(op.weight); }

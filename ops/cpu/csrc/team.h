@@ -1,6 +1,7 @@
 // The threads that run a list of ops together.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <climits>
@@ -33,14 +34,23 @@ inline double seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+struct Range {
+    int begin;
+    int end;
+};
+
 // Which items of a thread's share have been taken: some from its beginning, some from its end.
 class alignas(kCacheLine) Taken {
 public:
-    // The index of the next of `count` items, or -1 if all are taken.
-    int from_begin(int count) {
-        const uint64_t before = ends_.fetch_add(1, std::memory_order_relaxed);
-        return begin(before) + end(before) < count ? begin(before) : -1;
+    // The next of `count` items: up to `most`, but less than a quarter of those that are left, since others take over
+    // single ones at the end. None if all are taken.
+    Range from_begin(int count, int most) {
+        uint64_t before = most > 1 ? ends_.load(std::memory_order_relaxed) : 0;
+        const int wanted = std::clamp((count - begin(before) - end(before)) / kParts, 1, most);
+        before = ends_.fetch_add(wanted, std::memory_order_relaxed);
+        return {begin(before), std::min(begin(before) + wanted, count - end(before))};
     }
+    // The index of the last one, or -1.
     int from_end(int count) {
         const uint64_t before = ends_.fetch_add(kOneFromEnd, std::memory_order_relaxed);
         return begin(before) + end(before) < count ? count - 1 - end(before) : -1;
@@ -48,6 +58,7 @@ public:
     void restart() { ends_.store(0, std::memory_order_relaxed); }
 
 private:
+    static constexpr int kParts = 4;
     static constexpr uint64_t kOneFromEnd = uint64_t{1} << 32;
     static int begin(uint64_t ends) { return static_cast<int>(ends % kOneFromEnd); }
     static int end(uint64_t ends) { return static_cast<int>(ends / kOneFromEnd); }
@@ -162,11 +173,6 @@ private:
     size_t used_ = 0;
 };
 
-struct Range {
-    int begin;
-    int end;
-};
-
 // An equal share of n items.
 inline Range share(int n, int index, int size) {
     const int each = n / size, rest = n % size;
@@ -191,15 +197,25 @@ struct Team {
     // once between two waits; in addition any number of times with `only_own`, for the own share alone.
     template <class F>
     void each(int n, int parts, F function, bool only_own = false) const {
+        const auto take = [&](const Range& items, int end) {
+            for (int item = items.begin; item < items.end; ++item) function(item, end);
+        };
+        each_run(n, parts, 1, take, only_own);
+    }
+
+    // The same for up to `most` items at a time: calls `function(items, end)`.
+    template <class F>
+    void each_run(int n, int parts, int most, F function, bool only_own = false) const {
         const int part = index % parts, first = index - part;
         const Range own = octavo::share(n, part, parts);
-        if (only_own) {
-            for (int item = own.begin; item < own.end; ++item) function(item, own.end);
-            return;
-        }
+        if (only_own) return function(own, own.end);
         const int count = own.end - own.begin;
         Taken& taken = shared.share_of(index);
-        for (int i = taken.from_begin(count); i >= 0; i = taken.from_begin(count)) function(own.begin + i, own.end);
+        while (true) {
+            const Range items = taken.from_begin(count, most);
+            if (items.begin >= items.end) break;
+            function(Range{own.begin + items.begin, own.begin + items.end}, own.end);
+        }
         for (int neighbour = 1; neighbour < parts && neighbour <= kNeighbours; ++neighbour)
             help(n, parts, first, (part + neighbour) % parts, function);
     }
@@ -213,7 +229,7 @@ private:
         const int count = theirs.end - theirs.begin;
         Taken& taken = shared.share_of(first + part);
         for (int i = taken.from_end(count); i >= 0; i = taken.from_end(count))
-            function(theirs.begin + i, theirs.begin + i + 1);
+            function(Range{theirs.begin + i, theirs.begin + i + 1}, theirs.begin + i + 1);
     }
 };
 
