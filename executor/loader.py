@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +25,7 @@ from executor.checkpoint import FLOATS, Checkpoint, SafetensorsCheckpoint, Store
 from executor.config import KV_CODE_NAMES, ModelConfig
 from executor.dense import DenseModule, TokenWeights, load_dense, load_linear
 from executor.gguf import GGUFCheckpoint
+from executor.heap import returning_blocks
 from executor.hf_config import DTYPES, HFConfig
 from executor.layers.attention import Attention
 from executor.layers.context import ModelContext
@@ -53,6 +55,9 @@ M = TypeVar("M", bound=Model)
 
 Progress = Callable[[str, int, int], None]
 """Takes a stage, the amount done and the total."""
+
+LARGE_MODEL = 256 << 20
+"""Bytes of weights from which the memory that loading leaves behind is worth a system call per block."""
 
 
 @dataclass
@@ -457,7 +462,9 @@ def load_weights(
     checkpoint, targets, found = match_weights(
         model, checkpoint, context, is_tied_by_file=is_tied_by_file, is_alone=is_alone
     )
-    _fill(model, checkpoint, targets, found, context, progress)
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    with returning_blocks() if num_bytes >= LARGE_MODEL else nullcontext():
+        _fill(model, checkpoint, targets, found, context, progress)
     for layer in model.attention_layers():
         layer.loaded()
 

@@ -6,7 +6,7 @@ a tiny random model in each scheme there, and beside it the same model with the 
 of it. Octavo's logits of both must agree. Where both round activations to 8 bits, they must do so equally well.
 
     .venv/bin/python scripts/check_quantized.py                       # all
-    .venv/bin/python scripts/check_quantized.py bitsandbytes
+    .venv/bin/python scripts/check_quantized.py bitsandbytes gptqmodel
     .venv/bin/python scripts/check_quantized.py --schemes W4A16 FP8_BLOCK
 
 Exit status: 0 if all that could be written agree. Packages are those for CPUs, with the torch of this interpreter.
@@ -33,7 +33,9 @@ from torch import Tensor
 
 SCRIPT = ROOT / "scripts" / "quantizers" / "write.py"
 REQUIREMENTS = ("llmcompressor==0.14.0.1", "bitsandbytes==0.50.2", "auto-round==0.16.1", "nvidia-modelopt==0.47.0")
-WRITERS = ("llmcompressor", "bitsandbytes", "auto_round", "modelopt")
+UNBUILT = ("gptqmodel==7.6.0", "--no-build-isolation")
+"""Comes as sources, which are built with the environment's own torch, without CUDA."""
+WRITERS = ("llmcompressor", "bitsandbytes", "auto_round", "modelopt", "gptqmodel")
 TOLERANCE = 1e-3
 """Of logits, in standard deviations."""
 ROUNDED_TOLERANCE = 1.2
@@ -62,10 +64,9 @@ def install(folder: Path) -> Path:
     constraint = folder / "constraint.txt"
     pinned = f"torch=={torch.__version__.split('+')[0]}"  # or else pip takes a build for CUDA
     constraint.write_text(f"{pinned}\n")
-    variables = {**os.environ, "PIP_CONSTRAINT": str(constraint)}
-    for requirement in (pinned, *REQUIREMENTS):
-        command = [str(python), "-m", "pip", "install", "--quiet", requirement]
-        subprocess.run(command, check=True, env=variables)
+    variables = {**os.environ, "PIP_CONSTRAINT": str(constraint), "BUILD_CUDA_EXT": "0"}
+    for arguments in (*([each] for each in (pinned, *REQUIREMENTS)), ["setuptools", "wheel"], UNBUILT):
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *arguments], check=True, env=variables)
     done.touch()
     return python
 

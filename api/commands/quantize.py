@@ -25,17 +25,18 @@ from engine_core.launch import child_command, child_environment
 
 DESCRIPTION = "Write a quantised model: a GGUF file, or a folder that Octavo, vLLM and transformers load."
 GGUF_TYPES = {
-    name: gguf.LlamaFileType[f"MOSTLY_{name}"] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-}  # those that the package can write
+    name: gguf.LlamaFileType[f"MOSTLY_{name}"] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0")
+} | {"MXFP4": gguf.LlamaFileType.MOSTLY_MXFP4_MOE}
+"""Those that the package can write, and what a file says that it holds."""
 COMPRESSED = ("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8", "FP8_DYNAMIC", "NVFP4A16")
 """Schemes of compressed-tensors."""
 METHODS = ("rtn", "gptq", "awq")
 NEEDS_TEXT = ("W8A8", "FP8")
 """Schemes that measure activations, whatever the method."""
-ALIGNED = 32
-"""Numbers in a block."""
 TABLES = ("token_embd.weight", "output.weight")
 """They have 8 bits at least: about a third of the loss of 4 bits would be theirs."""
+SPARE = "Q8_0"
+"""The type of tables, and of matrices whose rows are no whole blocks of the wanted type."""
 PLAIN = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 ROWS = 1 << 22
 """Numbers quantised at a time."""
@@ -65,7 +66,8 @@ def create_parser() -> Parser:
     add("model_tag", nargs="?", metavar="MODEL", help="Hub id, folder or GGUF file, not quantised.")
     add("-o", "--output", required=True, metavar="PATH", help="The folder or GGUF file to write.")
     add("--scheme", required=True, choices=(*GGUF_TYPES, *COMPRESSED),
-        help="Q4_0 to Q8_0: a GGUF file, from one. Others: a folder of compressed-tensors.")  # fmt: skip
+        help="Q4_0 to Q8_0, MXFP4, and for ternary models TQ1_0 and TQ2_0: a GGUF file, from one. Others: a folder of "
+        "compressed-tensors.")  # fmt: skip
     add("--method", choices=METHODS, default=Settings.method,
         help="rtn rounds to the nearest; gptq and awq need --calibration (default: rtn).")  # fmt: skip
     add("--calibration", metavar="FILE", help="Text, or JSONL, like what the model will see.")
@@ -136,8 +138,14 @@ def check(settings: Settings) -> None:
 # GGUF
 
 
-def write_gguf(source: Path, target: Path, scheme: str) -> None:
+def write_gguf(source: Path, target: Path, scheme: str, tables: str = SPARE) -> None:
     """Quantises the matrices of a GGUF file, rounding to the nearest; the rest is copied.
+
+    Args:
+        source: A file that is not quantised.
+        target: The file to write.
+        scheme: Type of the matrices.
+        tables: Type of ``TABLES``.
 
     Raises:
         ConfigError: The file is quantised already.
@@ -152,7 +160,7 @@ def write_gguf(source: Path, target: Path, scheme: str) -> None:
     copy_fields(reader, writer)
     writer.add_file_type(GGUF_TYPES[scheme])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    types = [type_of(tensor, GGMLQuantizationType[scheme]) for tensor in reader.tensors]
+    types = [type_of(tensor, tables if tensor.name in TABLES else scheme) for tensor in reader.tensors]
     for tensor, kind in zip(reader.tensors, types, strict=True):
         shape = tuple(int(size) for size in reversed(tensor.shape))
         block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -184,12 +192,15 @@ def copy_fields(reader: GGUFReader, writer: GGUFWriter) -> None:
         writer.add_key_value(name, each.contents(), each.types[0], each.types[-1] if is_array else None)
 
 
-def type_of(tensor: Any, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
-    """The type in which a tensor is written: matrices of whole blocks as wanted, tables in 8 bits."""
-    if len(tensor.shape) < 2 or int(tensor.shape[0]) % ALIGNED or "norm" in tensor.name:
-        kept: GGMLQuantizationType = tensor.tensor_type
-        return kept
-    return GGMLQuantizationType.Q8_0 if tensor.name in TABLES else wanted
+def type_of(tensor: Any, wanted: str) -> GGMLQuantizationType:
+    """The type in which a tensor is written: matrices as wanted if their rows are whole blocks, or else in 8 bits."""
+    if len(tensor.shape) > 1 and "norm" not in tensor.name:
+        for name in (wanted, SPARE):
+            kind = GGMLQuantizationType[name]
+            if int(tensor.shape[0]) % gguf.GGML_QUANT_SIZES[kind][0] == 0:
+                return kind
+    kept: GGMLQuantizationType = tensor.tensor_type
+    return kept
 
 
 def converted(tensor: Any, kind: GGMLQuantizationType) -> npt.NDArray[Any]:

@@ -223,14 +223,14 @@ class QuantizingParameter(WeightParameter):
         return RowSource(self.device, len(self), self._quantized if self.loaded else self._as_filled)
 
     def _quantized(self, first: int, end: int) -> Tensor:
-        result = torch.empty((end - first, self.shape[1]), dtype=torch.uint8)
-        for rows, columns, source in self.loaded:
+        pieces = []  # each right after the one before it
+        for rows, columns, source in sorted(self.loaded, key=lambda each: each[0].offset):
             begin, stop = max(first, rows.offset), min(end, rows.offset + rows.size)
             if begin < stop:
                 importance = None if self.importance is None else self.importance.narrow(0, columns.start, columns.size)
                 numbers = source[begin - rows.offset : stop - rows.offset]
-                result[begin - first : stop - first] = self.scheme.quantize(numbers, importance)
-        return result.to(self.device)
+                pieces.append(self.scheme.quantize(numbers, importance))
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(self.device)
 
     def _as_filled(self, first: int, end: int) -> Tensor:
         return self.data[first:end]

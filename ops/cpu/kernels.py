@@ -105,7 +105,7 @@ def fill_adapters(adapters: library.AdapterRows, rows: AdapterRows | None) -> No
 
 BLOCK_ROWS = 32
 """Rows of a block of a packed weight."""
-BAND_NUMBERS = 1 << 20
+BAND_NUMBERS = 1 << 18
 """Numbers that are packed at a time if their rows are made for it."""
 
 

@@ -8,6 +8,7 @@ the package's own logits where it rounds activations.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import traceback
@@ -244,12 +245,49 @@ def modelopt_numbers(
 
 
 # ---------------------------------------------------------------------------------------------------------
+# gptqmodel
+
+GPTQMODEL: dict[str, dict[str, Any]] = {
+    "gptqmodel": {"bits": 4, "sym": True},
+    "gptqmodel_asym": {"bits": 4, "sym": False},
+    "gptqmodel_desc_act": {"bits": 4, "sym": True, "desc_act": True, "act_group_aware": False},
+    "gptqmodel_v2": {"bits": 4, "sym": False, "format": "gptq_v2"},
+    "gptqmodel_w2": {"bits": 2, "sym": True},
+    "gptqmodel_w3": {"bits": 3, "sym": True},
+    "gptqmodel_w8": {"bits": 8, "sym": True},
+    "gptqmodel_awq": {"bits": 4, "sym": False, "method": "awq", "format": "gemm"},
+}
+
+
+def gptqmodel(scheme: str, folder: Path, source: Path) -> None:
+    os.cpu_count = lambda: 4  # its pools of threads want more than two
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+    tokenizer().save_pretrained(source)
+    model = GPTQModel.load(str(source), QuantizeConfig(group_size=32, **GPTQMODEL[scheme]))
+    model.quantize(list(dataset()), batch_size=1, tokenizer=tokenizer())
+    model.save(str(folder / "quantized"))
+    loaded = GPTQModel.load(str(folder / "quantized"), backend=BACKEND.TORCH, device="cpu")
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    layers: dict[str, Any] = dict(loaded.model.named_modules())
+    for name, module in plain.named_modules():
+        layer = layers[name]
+        if isinstance(module, torch.nn.Linear) and not isinstance(layer, torch.nn.Linear):
+            with torch.inference_mode():
+                product = layer(torch.eye(module.in_features, dtype=layer.scales.dtype))
+            module.weight.data = product.T.float()
+    save_plain(plain, folder, source)
+    save_logits(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------
 
 WRITERS: dict[str, tuple[Callable[[str, Path, Path], None], tuple[str, ...]]] = {
     "llmcompressor": (llmcompressor, (*PRESETS, *OTHERS)),
     "bitsandbytes": (bitsandbytes, tuple(BNB)),
     "auto_round": (auto_round, tuple(AUTO_ROUND)),
     "modelopt": (modelopt, tuple(MODELOPT)),
+    "gptqmodel": (gptqmodel, tuple(GPTQMODEL)),
 }
 
 

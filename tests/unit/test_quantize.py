@@ -24,7 +24,7 @@ def tensors_of(file: Path) -> dict[str, tuple[GGMLQuantizationType, npt.NDArray[
     }
 
 
-@pytest.mark.parametrize("scheme", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("scheme", ["Q4_0", "Q8_0", "MXFP4", "TQ1_0"])
 def test_a_gguf_file(scheme: str, tmp_path: Path) -> None:
     source = Path(tiny.gguf_file(tiny.checkpoint("llama", hidden_size=64), GGMLQuantizationType.F16).path)
     target = tmp_path / "small.gguf"
@@ -34,14 +34,14 @@ def test_a_gguf_file(scheme: str, tmp_path: Path) -> None:
     fields, new = GGUFReader(source).fields, GGUFReader(target).fields
     assert fields.keys() <= new.keys() | {"general.file_type"}
     assert fields["tokenizer.ggml.tokens"].contents() == new["tokenizer.ggml.tokens"].contents()
-    assert new["general.file_type"].contents() == gguf.LlamaFileType[f"MOSTLY_{scheme}"]
+    assert new["general.file_type"].contents() == quantize.GGUF_TYPES[scheme]
     for name, (kind, values) in after.items():
         if values.ndim == 1:
             assert kind == before[name][0] and np.array_equal(values, before[name][1])
             continue
-        assert kind.name == ("Q8_0" if name in quantize.TABLES else scheme), name
+        assert kind.name == ("Q8_0" if name in quantize.TABLES or scheme == "TQ1_0" else scheme), name
         error = np.abs(values - before[name][1]).max()
-        assert error <= np.abs(before[name][1]).max() / (7 if kind.name == "Q4_0" else 200)
+        assert error <= np.abs(before[name][1]).max() / {"Q4_0": 7, "MXFP4": 3}.get(kind.name, 200)
     with pytest.raises(ConfigError, match=rf"is quantised already \({scheme}|Q8_0\); give an F16 or BF16 file"):
         write_gguf(target, tmp_path / "again.gguf", scheme)
 

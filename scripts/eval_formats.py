@@ -1,0 +1,160 @@
+#!/usr/bin/env python
+"""Writes the table of docs/quantization.md: loss, speed and memory of a model in many formats.
+
+    python scripts/eval_formats.py gsm8k_test.jsonl --model SmolLM2=smollm2.gguf --model "Gemma 3"=gemma-Q4_K_M.gguf
+    python scripts/eval_formats.py gsm8k_test.jsonl --embeddings all-MiniLM-L6-v2
+
+Of each model, given as a GGUF file, the channels are permuted first (``permute_channels.py``): weights that come from 4
+bits lie on their grid, which a quantiser would find again. All formats are made of that model. ``octavo eval-quant``
+compares them with it, some at a time, each time beside the model itself; what is done is kept in --folder, and not done
+again. ``--llama-quantize`` names llama.cpp's tool, which writes types that ``octavo quantize`` does not (Q4_K_M).
+
+*Nearest, all in 4 bits* is rounding to the nearest with tables and logits in 4 bits as well (GGUF's Q4_1): what
+``--quantization int4`` is measured against.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from processes import ROOT
+
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+from permute_channels import permute_gguf
+
+from api.commands.eval_quant import read_texts
+from api.commands.quantize import write_gguf
+
+AT_LOAD = ("int8@float", "int8@int8", "fp8", "int4@float", "int4@int8")
+FILES = ("Q8_0", "Q5_1", "Q4_1", "Q4_0")
+OTHER_FILES = ("Q6_K", "Q4_K_M")
+"""Those that need llama.cpp's tool."""
+NEAREST = "nearest"
+CACHES = ("bf16+int8", "bf16+fp8", "bf16+int4")
+AT_ONCE = 5
+"""Formats beside the reference in one run."""
+TEXTS = 200
+"""Texts of which embeddings are compared."""
+
+
+def octavo(*arguments: str) -> None:
+    """Runs a command, which prints its own errors."""
+    subprocess.run([sys.executable, "-m", "api", *arguments], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+
+
+class Model:
+    """A permuted model and its files."""
+
+    def __init__(self, source: Path, folder: Path, options: argparse.Namespace) -> None:
+        self.folder = folder / source.stem
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.options = options
+        self.file = self.folder / "BF16.gguf"
+        if not self.file.exists():
+            unfinished = self.file.with_suffix(".part")
+            permute_gguf(source, unfinished)
+            unfinished.rename(self.file)
+
+    def format_of(self, row: str) -> str:
+        """A row of the table as a format of ``octavo eval-quant``; its file is written."""
+        if row not in (*FILES, *OTHER_FILES, NEAREST):
+            return row
+        target = self.folder / f"{row}.gguf"
+        if target.exists():
+            pass
+        elif row in OTHER_FILES:
+            subprocess.run([self.options.llama_quantize, self.file, target, row], check=True, stdout=subprocess.DEVNULL)
+        elif row == NEAREST:
+            write_gguf(self.file, target, "Q4_1", tables="Q4_1")
+        else:
+            write_gguf(self.file, target, row)
+        return str(target)
+
+    def results(self, rows: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The results of ``octavo eval-quant`` by row, bf16 first; a row that cannot run has none."""
+        found: dict[str, dict[str, Any]] = {}
+        for first in range(0, len(rows), AT_ONCE):
+            some = rows[first : first + AT_ONCE]
+            formats = [self.format_of(row) for row in ("bf16", *some)]
+            kept = self.folder / f"{'_'.join(some).replace('/', '-')}.json"
+            if not kept.exists():
+                arguments = ["--max-tokens", str(self.options.max_tokens), "--formats", ",".join(formats)]
+                octavo("eval-quant", str(self.file), self.options.text, *arguments, "--json", str(kept))
+            results = {each["name"]: each for each in json.loads(kept.read_text())["results"]}
+            for row, name in zip(("bf16", *some), formats, strict=True):
+                if name in results:
+                    found.setdefault(row, results[name])
+        return found
+
+
+def cells(result: dict[str, Any] | None) -> str:
+    """What the table says of a format."""
+    if result is None:
+        return "refused | | | "
+    memory, speed = result["weight_bytes"] / 1e6, result["tokens_per_second"]
+    return f"{memory:.0f} | {result['change']:+.2%} | {result['kl']:.4f} | {speed:.0f}"
+
+
+def print_table(names: Sequence[str], results: Sequence[dict[str, dict[str, Any]]], rows: Sequence[str]) -> None:
+    """Prints a table in Markdown."""
+    print("| | " + " | ".join(f"{name} | | |" for name in names))
+    print("|---" * (1 + 4 * len(names)) + "|")
+    print("| format | " + " | ".join("MB | NLL | KL | tokens/s" for _ in names) + " |")
+    for row in ("bf16", *rows):
+        print(f"| {row} | " + " | ".join(cells(each.get(row)) for each in results) + " |")
+    for name, each in zip(names, results, strict=True):
+        if NEAREST in each:
+            shares = (f"{row} {each[row]['kl'] / each[NEAREST]['kl']:.0%}" for row in AT_LOAD[3:] if row in each)
+            print(f"{name}: of the KL of rounding all to the nearest of 4 bits, there is left: {', '.join(shares)}")
+
+
+def embeddings(model: str, texts: Sequence[str]) -> None:
+    """Prints how far quantised weights turn the vectors of an embedding model."""
+    from api.llm import LLM
+
+    def vectors(**values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+        with LLM(model=model, runner="pooling", **values) as llm:
+            found = llm.embed(list(texts), use_tqdm=False)
+        result = np.array([each.outputs.embedding for each in found])
+        result /= np.linalg.norm(result, axis=1, keepdims=True)
+        return result
+
+    exact = vectors(dtype="float32")
+    for name in ("int8", "fp8", "int4"):
+        cosines = (exact * vectors(quantization=name)).sum(axis=1)
+        print(f"embeddings with {name}: cosine {cosines.mean():.5f}, at least {cosines.min():.5f}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("text", help="as of octavo eval-quant")
+    add("--model", action="append", default=[], metavar="NAME=FILE.gguf")
+    add("--embeddings", metavar="FOLDER", help="an embedding model")
+    add("--llama-quantize", metavar="FILE", help="adds " + ", ".join(OTHER_FILES))
+    add("--rows", nargs="+", help="formats instead of all of the table's")
+    add("--max-tokens", type=int, default=8192)
+    add("--folder", type=Path, default=Path(tempfile.gettempdir()) / "octavo-formats")
+    options = parser.parse_args()
+    rows = options.rows or [*AT_LOAD, *FILES, *(OTHER_FILES if options.llama_quantize else ()), NEAREST, *CACHES]
+    pairs = [each.partition("=") for each in options.model]
+    results = [Model(Path(file), options.folder.absolute(), options).results(rows) for _, _, file in pairs]
+    if results:
+        print_table([name for name, _, _ in pairs], results, rows)
+    if options.embeddings:
+        embeddings(options.embeddings, read_texts(options.text)[:TEXTS])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
