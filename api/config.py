@@ -94,10 +94,15 @@ DEMO_GENERATION: dict[str, object] = {"temperature": 0.2, "top_p": 0.9}
 class PoolerConfig(Config, frozen=True):
     """Default pooling of prompts into vectors. None: from the model's files, or else the defaults below."""
 
-    pooling_type: Literal["LAST", "MEAN", "CLS"] | None = None
-    """Pool the last position, the mean of all positions, or the first. Default: LAST."""
+    pooling_type: Literal["LAST", "MEAN", "CLS", "STEP"] | None = None
+    """Pool the last position, the mean of all positions, or the first. Default: LAST. STEP: a result for each token
+    ``step_tag_id``, as process reward models have it."""
     use_activation: bool | None = None
     """Scale vectors to length 1. Default: yes."""
+    step_tag_id: Annotated[int, Meta(ge=0)] | None = None
+    """The token that ends a step of a solution. None: every token has a result."""
+    returned_token_ids: tuple[int, ...] = ()
+    """Tokens of a generative model that judge a step, such as "good" and "bad": results are their probabilities."""
 
 
 class StructuredOutputsConfig(Config, frozen=True):
@@ -320,7 +325,8 @@ class ServerConfig(Config, frozen=True):
         PoolerConfig,
         Meta(
             description='JSON object: pooling of prompts into vectors. "pooling_type": LAST, MEAN or CLS; '
-            '"use_activation": false skips normalisation. Default: from the model\'s modules.json, or else LAST with '
+            '"use_activation": false skips normalisation; STEP with "step_tag_id" and "returned_token_ids" is for '
+            "process reward models. Default: from the model's modules.json, or else LAST with "
             "normalisation.",
             extra={"group": "Model"},
         ),

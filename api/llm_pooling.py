@@ -28,7 +28,6 @@ from api.params.pooling import (
     cosine,
     is_cross_encoder,
     pair_up,
-    without_special,
 )
 from api.params.truncation import check_truncation, truncate_prompt
 from engine_core.messages import ResolvedPoolingParams
@@ -61,10 +60,9 @@ class PoolingRunner:
         prompts = [await self._prompt(item, prompt, params.truncate_prompt_tokens) for item in inputs]
         views = [await self._adapters.view(item.adapter or adapter) for item in inputs]
         pooled = await self._submit(prompts, [resolved] * len(prompts), use_tqdm, views)
-        if model.has_token_layers and task in ("token_embed", "token_classify"):
-            special = model.tokenizer.all_special_ids
+        if task in ("token_embed", "token_classify"):
             for item in pooled:
-                item.outputs.data = without_special(item.outputs.data, item.prompt_token_ids, special, task)
+                item.outputs.data = model.counted_rows(item.outputs.data, item.prompt_token_ids)
         return pooled
 
     def _task_adapter(self, task: str | None) -> LoRARequest | None:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
-
 from executor.config import MAX_DRAFT_TOKENS
-
-U8 = npt.NDArray[np.uint8]
 
 
 class DraftCounts:
@@ -23,25 +18,29 @@ class DraftCounts:
         self.num_drafts = 0
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
-        self._accepted = np.zeros(MAX_DRAFT_TOKENS + 1, np.int64)
-        """Rows by the number of their accepted drafts."""
+        self._at_least = [0] * MAX_DRAFT_TOKENS
+        """Rows with more accepted drafts than the index."""
+        self._per_position: tuple[int, ...] = ()
 
-    def add(self, num_verified: U8, num_accepted: U8) -> None:
+    def add(self, num_verified: bytes, num_accepted: bytes) -> None:
         """Counts a step.
 
         Args:
             num_verified: uint8 [rows]: drafts of each row.
             num_accepted: uint8 [rows]: accepted drafts of each row.
         """
-        with_drafts = num_verified > 0
-        self.num_drafts += int(np.count_nonzero(with_drafts))
-        self.num_draft_tokens += int(num_verified.sum(dtype=np.int64))
-        self.num_accepted_tokens += int(num_accepted.sum(dtype=np.int64))
-        self._accepted += np.bincount(num_accepted[with_drafts], minlength=len(self._accepted))
+        self.num_drafts += len(num_verified) - num_verified.count(0)
+        self.num_draft_tokens += sum(num_verified)
+        total = sum(num_accepted)
+        if not total:
+            return
+        self.num_accepted_tokens += total
+        for accepted in num_accepted:
+            for position in range(accepted):
+                self._at_least[position] += 1
+        most = sum(count > 0 for count in self._at_least)
+        self._per_position = tuple(self._at_least[:most])
 
     def accepted_per_position(self) -> tuple[int, ...]:
         """Accepted drafts by their position in a row, without positions that had none."""
-        if not self.num_accepted_tokens:  # each step asks
-            return ()
-        at_least = np.cumsum(self._accepted[::-1])[::-1][1:]
-        return tuple(np.trim_zeros(at_least, "b").tolist())
+        return self._per_position

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from engine_core.config import Config, EngineConfig, ExecutorConfig
+from engine_core.frames import FrameSocket
 from engine_core.last_work import LastWork, read_flight_record
 from executor.base import WORKER_MODULE, ModelError
 from executor.device.base import device_problem
@@ -36,7 +37,7 @@ class EngineCoreLaunch(Config, frozen=True):
 
     config: EngineConfig
     address: str
-    """Address of the api's ROUTER socket."""
+    """Path of the api's socket."""
     ipc_dir: str
     """A directory of mode 0700 for the workers' sockets."""
     engine_epoch: int
@@ -97,7 +98,7 @@ def _early_children(config: EngineConfig) -> list[str]:
 
 
 def engine_identity(engine_epoch: int) -> bytes:
-    """The identity with which an engine core connects to the ROUTER socket."""
+    """What an engine core says first when it has connected to the api."""
     return f"engine_core.{engine_epoch}".encode()
 
 
@@ -105,6 +106,7 @@ __all__ = [
     "STOPPED_TIMEOUT",
     "ChildProcess",
     "EngineCoreLaunch",
+    "FrameSocket",
     "Helper",
     "HelperError",
     "HelperLimits",

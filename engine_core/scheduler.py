@@ -36,7 +36,6 @@ from engine_core.messages import (
     MultiModalSupport,
     SchedulerStats,
     TokenLogprobs,
-    u8,
 )
 from engine_core.request import Request
 from engine_core.request_pool import RequestPool
@@ -58,6 +57,8 @@ MAX_DESCRIBED_TOKENS = 1 << 16
 no more start, so that running requests wait for about 10 ms at most."""
 REQUEST_COST = 512
 """What starting a request costs besides its tokens, in tokens."""
+PATIENCE = 8
+"""Results without drafts after which plans allow none until the workers have some again."""
 
 
 class Scheduler:
@@ -99,6 +100,8 @@ class Scheduler:
         self.on_admit: Callable[[int], None] | None = None
         """Called with the index of each request about to get a slot."""
         self.drafts = DraftCounts()
+        self._num_barren = 0
+        """Results in a row that came without drafts."""
         self.lanes = Lanes(num_stages, config.max_num_seqs)
         self._step_id = 0
 
@@ -163,14 +166,11 @@ class Scheduler:
                 counts = np.concatenate((counts, np.array(new_counts, np.int64)))
         if not len(slots):
             return None
-        if self.max_draft_tokens:
-            table.allowances[table.running] = 0
-            if not preempted and not self.suspects:  # drafts would blur the position at which a suspect kills
-                counts[:num_running] += self._allow_drafts(
-                    slots[:num_running], self.config.step_tokens - int(counts.sum()), updates
-                )
+        if new_reqs:
+            self._num_barren = 0
+        has_drafts = self._plan_drafts(slots, counts, 0 if preempted else num_running, updates)
         ends, open_drafts = table.num_scheduled[slots], table.num_open_drafts[slots]
-        sampled, allowances = table.note_samples(slots)
+        sampled, allowances = table.note_samples(slots, has_drafts=has_drafts)
         grammar_rows = (sampled & table.has_grammar[slots]).nonzero()[0]
         self._step_id += 1
         self.lanes.note(slots, sampled, self._step_id)
@@ -243,6 +243,34 @@ class Scheduler:
                 slots, counts = slots[fits], counts[fits]
         return slots, counts
 
+    def _plan_drafts(self, slots: I32, counts: I64, num_running: int, updates: list[list[int]]) -> bool:
+        """Lets rows of a plan verify drafts.
+
+        Args:
+            slots: int32 [rows].
+            counts: int64 [rows]: their tokens, to which those of drafts are added.
+            num_running: Rows that may verify drafts, the first ones.
+            updates: As for ``_allow_drafts``.
+
+        Returns:
+            Whether some rows may, or have plans in flight that may.
+        """
+        table = self.table
+        is_expected = self._expects_drafts(slots)
+        if not is_expected and not table.num_open_drafts[slots].any():
+            return False
+        table.allowances[table.running] = 0
+        if is_expected and num_running and not self.suspects:  # they would blur the position at which a suspect kills
+            budget = self.config.step_tokens - int(counts.sum())
+            counts[:num_running] += self._allow_drafts(slots[:num_running], budget, updates)
+        return True
+
+    def _expects_drafts(self, slots: I32) -> bool:
+        """Whether workers may have drafts for rows of a plan, or grammars may."""
+        if not self.max_draft_tokens:
+            return False
+        return self._num_barren < PATIENCE or bool(self.table.has_grammar[slots].any())
+
     def _allow_drafts(self, slots: I32, budget: int, updates: list[list[int]]) -> I64:
         """Lets decoding rows verify drafts, with the tokens and blocks that all others leave.
 
@@ -256,22 +284,24 @@ class Scheduler:
         """
         table = self.table
         planned, scheduled, max_tokens = table.num_planned[slots], table.num_scheduled[slots], table.max_tokens[slots]
-        allowances = np.minimum(self.max_draft_tokens, max_tokens - 1 - planned)
         goes_on = (planned > table.num_prompt[slots]) & (scheduled == planned)
-        share = max(1, budget // max(1, int(goes_on.sum())))
-        allowances = np.where(goes_on, np.clip(allowances, 0, share), 0)
-        drafts: I64 = np.clip(budget - (np.cumsum(allowances) - allowances), 0, allowances)
+        share = max(1, budget // max(1, int(np.count_nonzero(goes_on))))
+        most = min(self.max_draft_tokens, share)
+        allowances = np.maximum(np.minimum(most, max_tokens - 1 - planned), 0) * goes_on
+        left = budget - (allowances.cumsum() - allowances)
+        drafts: I64 = np.maximum(np.minimum(left, allowances), 0)
         ends = self._with_lookahead(slots, scheduled + drafts)
-        rows = np.flatnonzero(ends > table.capacity[slots])
-        growing = [
-            (table.request(slot), end) for slot, end in zip(slots[rows].tolist(), ends[rows].tolist(), strict=True)
-        ]
-        if not self.kv.can_grow(growing):
-            return np.zeros_like(drafts)
-        for request, end in growing:
-            capacity = self.kv.grow(request, end, updates)
-            assert capacity is not None, "there are blocks for all"
-            table.capacity[request.slot] = capacity
+        rows = (ends > table.capacity[slots]).nonzero()[0]
+        if len(rows):
+            growing = [
+                (table.request(slot), end) for slot, end in zip(slots[rows].tolist(), ends[rows].tolist(), strict=True)
+            ]
+            if not self.kv.can_grow(growing):
+                return np.zeros_like(drafts)
+            for request, end in growing:
+                capacity = self.kv.grow(request, end, updates)
+                assert capacity is not None, "there are blocks for all"
+                table.capacity[request.slot] = capacity
         table.allowances[slots] = drafts
         table.num_scheduled[slots] += drafts
         return drafts
@@ -466,7 +496,8 @@ class Scheduler:
             self.suspects.computed(step.slots, ends, current)
         outputs = self._take_prompts(step, result, current)
         if result.num_verified:
-            self.drafts.add(u8(result.num_verified), u8(result.num_accepted))
+            self.drafts.add(result.num_verified, result.num_accepted)
+        self._num_barren = 0 if result.num_draft_tokens.strip(b"\0") else self._num_barren + 1
         if result.num_draft_tokens:
             keep_drafts(table, step, new, result, current)
         verdicts = judge_rows(table, step, new) if len(step.grammar_rows) else {}

@@ -144,11 +144,16 @@ class SlotTable:
 
     # -- steps -----------------------------------------------------------------------------------------------
 
-    def note_samples(self, slots: I32) -> tuple[Bools, I64 | None]:
+    def note_samples(self, slots: I32, *, has_drafts: bool) -> tuple[Bools, I64 | None]:
         """Determines which rows of a plan sample and how many drafts each may verify; counts the resulting tokens as
-        planned."""
+        planned.
+
+        Args:
+            slots: int32 [rows].
+            has_drafts: Whether any of them may verify drafts, or has plans in flight that may.
+        """
         scheduled, planned = self.num_scheduled[slots], self.num_planned[slots]
-        if not self.drafts.shape[1]:
+        if not has_drafts:
             sampled: Bools = (scheduled == planned) & ~self.is_pooling[slots]
             self.num_planned[slots[sampled]] += 1
             return sampled, None

@@ -139,8 +139,10 @@ def token_columns(
     """
     counts = b""
     if offsets is not None:
-        firsts = np.flatnonzero(offsets == 0)
-        counts = np.diff(firsts, append=len(offsets)).astype(np.uint8).tobytes()
+        firsts = (offsets == 0).nonzero()[0]
+        ends = np.empty_like(firsts)
+        ends[:-1], ends[-1:] = firsts[1:], len(offsets)
+        counts = (ends - firsts).astype(np.uint8).tobytes()
         indices, output_indices = indices[firsts], output_indices[firsts]
         verified = None if verified is None else verified[firsts]
     drafts = b"" if verified is None else verified.astype(np.uint8).tobytes()

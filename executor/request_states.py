@@ -168,6 +168,10 @@ class RequestStates:
             counts: int64 [n]: drafts per slot.
             token_ids: int32 [sum of counts], concatenated slot by slot.
         """
-        rows, offsets = row_offsets(counts)
-        self.token_ids[slots[rows], self.num_known[slots[rows]] + offsets] = token_ids
+        if len(slots) == 1:  # the usual case
+            begin = self.num_known[slots[0]]
+            self.token_ids[slots[0], begin : begin + len(token_ids)] = token_ids
+        else:
+            rows, offsets = row_offsets(counts)
+            self.token_ids[slots[rows], self.num_known[slots[rows]] + offsets] = token_ids
         self.num_drafts[slots] = counts

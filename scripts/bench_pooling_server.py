@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from processes import Server, proportional_bytes
+from processes import Server, process_name, proportional_bytes
 
 DOCUMENTS, DOCUMENT_TOKENS = 100, 200
 BATCH = 500
@@ -85,16 +85,21 @@ def latency(client: Client, texts: list[str]) -> None:
 
 
 def memory(server: Server, client: Client, texts: list[str], count: int) -> None:
-    """Prints the memory of each process, ten times."""
-    done, shown = 0, 0
+    """Prints the time and the memory of each process, twenty times: proportional set sizes, in MiB."""
+    done, shown, begin = 0, 0, time.perf_counter()
+    names: dict[int, str] = {}
     while done < count:
         own = [f"{done + i}: {texts[(done + i) % len(texts)][:60]}" for i in range(min(BATCH, count - done))]
         client.post("/v1/embeddings", {"input": own, "encoding_format": "base64"})
         done += len(own)
-        if done * 10 // count > shown:
-            shown = done * 10 // count
+        if done * 20 // count > shown:
+            shown = done * 20 // count
             sizes = {pid: proportional_bytes(pid) / 2**20 for pid in server.pids()}
-            print(f"{done:8} texts  " + "  ".join(f"{size:7.1f}" for size in sizes.values()) + "  MiB", flush=True)
+            if names != {pid: process_name(pid) for pid in sizes}:
+                names = {pid: process_name(pid) for pid in sizes}
+                print(f"{'texts':>8} {'seconds':>8} " + " ".join(f"{name:>20}" for name in names.values()))
+            columns = " ".join(f"{size:20.1f}" for size in sizes.values())
+            print(f"{done:8} {time.perf_counter() - begin:8.1f} {columns}", flush=True)
 
 
 def stream_rate(server: Server, tokens: int, result: list[float]) -> None:

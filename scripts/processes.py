@@ -48,6 +48,14 @@ def proportional_bytes(pid: int) -> int:
     return 0
 
 
+def process_name(pid: int) -> str:
+    """The title of a process, shortened; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()[:20]
+    except OSError:
+        return ""
+
+
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat after the name, which may hold anything; empty if the process is gone."""
     try:

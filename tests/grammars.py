@@ -86,7 +86,8 @@ class DraftingModel(DeviceModel):
         for forced in plan.forced_drafts:
             drafts = forced.after(np.array(self._known[forced.slot], np.int32)).tolist()
             self._proposed[forced.slot] = drafts or self._proposed[forced.slot]
-        columns = (i32(plan.slots).tolist(), list(plan.num_sampled), list(plan.num_draft_tokens))
+        allowances = plan.num_draft_tokens or bytes(len(plan.num_sampled))
+        columns = (i32(plan.slots).tolist(), plan.num_sampled, allowances)
         slots = [(slot, allowed) for slot, wanted, allowed in zip(*columns, strict=True) if wanted]
         sampled = [self._sample(slot, allowed, masks.get(slot)) for slot, allowed in slots]
         self._drafts.num_accepted += sum(len(row) - 1 for row in sampled)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from msgspec import UNSET, UnsetType
 
 from api.admission import MAX_TEXT_CHARS, Turns, check_number, pieces
@@ -32,7 +33,14 @@ from api.model.late_interaction import LatePrompt, Side
 from api.model.pooler import merge_pooler
 from api.model.tokenizer import Tokenizer
 from api.params.defaults import default_params
-from api.params.pooling import PoolingParams, PoolingTask, check_prompt_length, resolve_task
+from api.params.pooling import (
+    PoolingParams,
+    PoolingTask,
+    check_prompt_length,
+    resolve_task,
+    rows_of_steps,
+    without_special,
+)
 from api.params.sampling import ModelLimits, SamplingParams, child_seed, resolve_max_tokens, resolve_shared_params
 from api.params.structured import StructuredOutputsParams, grammar_spec
 from api.params.thinking import PromptEnd, after_thought, thinking_budget
@@ -206,7 +214,22 @@ class ServedModel:
         if self.sentences.late is not None:
             return "token_embed"
         own = self.limits.pooling.head_pooling
+        if self.pooler.pooling_type == "STEP":
+            return "token_classify" if own in ("ALL", "LAST") else "token_embed"
         return "embed" if not own or self.has_token_layers else "token_classify" if own == "ALL" else "classify"
+
+    def counted_rows(self, rows: npt.NDArray[np.float32], prompt: Sequence[int]) -> npt.NDArray[np.float32]:
+        """The results of those of a prompt's tokens that count.
+
+        Args:
+            rows: float32 [num_tokens, any].
+            prompt: The token ids.
+        """
+        if self.has_token_layers:
+            task: PoolingTask = "token_classify" if rows.shape[1] == 1 else "token_embed"
+            return without_special(rows, prompt, self.tokenizer.all_special_ids, task)
+        tag = self.pooler.step_tag_id
+        return rows if tag is None else rows_of_steps(rows, prompt, tag)
 
     async def tokenize_late(
         self, text: str, *, is_query: bool, max_tokens: int = 0, side: Side = "right"

@@ -28,7 +28,16 @@ from api.model.mmproj import vision_part
 from api.model.pair_template import PairTemplate, pair_template
 from api.model.pickled_weights import PATTERN as PICKLED
 from api.model.pickled_weights import converted_folder, pickled_files
-from api.model.pooler import METADATA, MULTI_VECTOR, SPARSE, ModelPooler, SentenceConfig, find_pooler
+from api.model.pooler import (
+    METADATA,
+    MULTI_VECTOR,
+    SPARSE,
+    STEP_FIELDS,
+    ModelPooler,
+    SentenceConfig,
+    find_pooler,
+    step_overrides,
+)
 from api.model.task_adapters import MAX_TASK_RANK, task_adapters
 from api.model.tokenizer import Tokenizer, read_chat_template
 from api.parsers.detect import AUTO, detect_reasoning_parser, detect_tool_parser
@@ -94,6 +103,8 @@ class ModelFiles:
     """The vision part of a GGUF model."""
     images: ImageSpec | None = None
     """How images are processed; None: the model takes none."""
+    step_overrides: Mapping[str, Any] = field(default_factory=dict)
+    """What makes the model a judge of steps; see there."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -163,6 +174,7 @@ def find_model(config: ServerConfig) -> ModelFiles:
         tasks=task_adapters(path, fields) if _needs_weights(config) else {},
         images=images,
         vision=vision,
+        step_overrides=_own_step_fields(config, fields),
     )
 
 
@@ -282,7 +294,7 @@ def _pooling_only(config: ServerConfig, files: ModelFiles, model: ModelConfig) -
     """
     if config.runner == "generate":
         raise ConfigError(f"--runner generate: {files.name} generates no text; omit the option")
-    sentences, overrides = files.sentences, dict(model.hf_overrides)
+    sentences, overrides = files.sentences, {**model.hf_overrides, **files.step_overrides}
     tokens = overrides.get("classifier_from_token")
     if isinstance(tokens, list):
         ids = [files.tokenizer.token_to_id(str(token)) for token in tokens]
@@ -501,6 +513,7 @@ def _check_config(file: str | Path, config: ServerConfig, name: str | Path) -> d
     if not isinstance(fields, dict):
         raise ModelFileError(file, "not a JSON object")
     fields = {**fields, **model.hf_overrides}
+    fields |= _step_overrides(config, fields)
     try:
         sizes = executor.parallel.tensor_parallel_size, executor.parallel.pipeline_parallel_size
         check_supported(fields, model.quantization, model.model_impl, model.dtype, *sizes)
@@ -509,6 +522,23 @@ def _check_config(file: str | Path, config: ServerConfig, name: str | Path) -> d
     if fields.get("auto_map"):
         logger.info("config.json names Python code of its repository (auto_map): it is neither needed nor run")
     return fields
+
+
+def _step_overrides(config: ServerConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """See ``step_overrides``. Raises ConfigError."""
+    try:
+        return step_overrides(config.pooler_config, fields)
+    except ValueError as error:
+        raise ConfigError(f"--pooler-config: {error}") from error
+
+
+def _own_step_fields(config: ServerConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``_step_overrides`` has changed in the fields of config.json. Raises ConfigError if there is none."""
+    if not config.pooler_config.returned_token_ids:
+        return {}
+    if not fields:
+        raise ConfigError("--pooler-config: returned_token_ids needs a model's folder; omit it")
+    return {name: fields[name] for name in STEP_FIELDS}
 
 
 def _generation_config(config: ServerConfig, path: Path, own: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from msgspec.structs import replace
+
 from api.config import PoolerConfig
 from api.model.gguf_file import GGUFFile
 from api.model.late_interaction import LateInteraction, from_metadata, from_pylate
@@ -29,6 +31,9 @@ SPARSE, MULTI_VECTOR = "sparse_linear.pt", "colbert_linear.pt"
 MAX_DOCUMENT = 1 << 20
 MAX_PROMPTS, MAX_PROMPT_CHARS = 256, 1 << 14
 MAX_DENSE = 8
+CAUSAL = "ForCausalLM"
+STEP_FIELDS = ("architectures", "classifier_token_ids", "id2label")
+"""Fields of config.json that make a generative model a judge of steps."""
 
 _MODES: dict[str, PoolingType] = {
     "pooling_mode_cls_token": "CLS",
@@ -149,10 +154,39 @@ def _late(
 
 def merge_pooler(wanted: PoolerConfig, own: PoolerConfig) -> PoolerConfig:
     """Merges the pooling configurations: the server's options take precedence over the model's files."""
-    return PoolerConfig(
+    return replace(
+        wanted,
         pooling_type=wanted.pooling_type or own.pooling_type,
         use_activation=own.use_activation if wanted.use_activation is None else wanted.use_activation,
     )
+
+
+def step_overrides(pooler: PoolerConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of config.json by which a generative model judges the steps of solutions; empty: it does not.
+
+    Args:
+        pooler: The server's option.
+        fields: Contents of config.json.
+
+    Raises:
+        ValueError: The model has no output layer, or options do not go together.
+    """
+    ids = pooler.returned_token_ids
+    if pooler.pooling_type != "STEP":
+        if ids or pooler.step_tag_id is not None:
+            raise ValueError('step_tag_id and returned_token_ids need "pooling_type": "STEP"')
+        return {}
+    if not ids:
+        return {}
+    names = fields.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    if not name.endswith(CAUSAL):
+        raise ValueError(
+            f"returned_token_ids needs a folder with a model ...{CAUSAL}, not {name or 'another'}; omit it"
+        )
+    labels = {str(index): str(token) for index, token in enumerate(ids)}
+    architecture = name.removesuffix(CAUSAL) + "ForTokenClassification"
+    return dict(zip(STEP_FIELDS, ([architecture], list(ids), labels), strict=True))
 
 
 def _from_gguf(gguf: GGUFFile) -> ModelPooler:

@@ -22,7 +22,6 @@ from api.openai.pooling_protocol import (
     RerankRequest,
     ScoreRequest,
 )
-from api.params.pooling import PoolingTask, without_special
 from api.params.truncation import check_truncation, truncate_prompt
 from engine_core.messages import MultiModalFeature, ResolvedPoolingParams
 
@@ -186,9 +185,8 @@ class PoolingWork(EngineWork):
             kept = self._kept[number] if self._kept else None
             if kept is not None:
                 vector = vector[kept]
-            elif vector.ndim == 2 and self._model.has_token_layers:
-                task: PoolingTask = "token_classify" if vector.shape[1] == 1 else "token_embed"
-                vector = without_special(vector, self.prompts[number], self._model.tokenizer.all_special_ids, task)
+            elif vector.ndim == 2:
+                vector = self._model.counted_rows(vector, self.prompts[number])
             vectors.append(vector)
         return vectors
 

@@ -57,6 +57,8 @@ def resolve_pooling(
             f"dimensions must be between 1 and the model's hidden size of {limits.hidden_size}, got {dimensions}",
             "dimensions",
         )
+    if pooler.pooling_type == "STEP" and not every_token:
+        raise RequestError("the pooling type STEP is for tokens; use the task token_embed or token_classify", "task")
     wanted = pooler.use_activation if params.use_activation is None else params.use_activation
     pooling_type = "ALL" if every_token else pooler.pooling_type or limits.pooling.pooling_type
     return ResolvedPoolingParams(pooling_type=pooling_type, normalize=wanted is not False, dimensions=dimensions)
@@ -126,6 +128,11 @@ def without_special(rows: F32, token_ids: Sequence[int], special: Collection[int
     if task == "token_classify" and begin < end and token_ids[end - 1] in special:
         end -= 1
     return rows[begin:end]
+
+
+def rows_of_steps(rows: F32, token_ids: Sequence[int], step_tag_id: int) -> F32:
+    """The rows [steps, any] of the tokens that end steps, of those of a whole prompt."""
+    return rows[np.flatnonzero(np.asarray(token_ids) == step_tag_id)]
 
 
 def cosine(x: F32, y: F32) -> float:

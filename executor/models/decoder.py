@@ -269,20 +269,23 @@ class CausalDecoder(Model):
         """Columns of the hidden states between layers."""
         self.parts = parts
         self.model = self.decoder(context, parts, prefix="model")
+        self._answers = answer_ids(context.config, context.head)
+        self._compares = context.head == "sequence"
         self.lm_head = None
         if context.head == "lm":
             self.lm_head = output_layer(context, self.model.embed_tokens, bias=parts.logit_bias, prefix="lm_head")
         elif context.head in ("sequence", "token"):
             is_of_tokens = context.head == "token"
-            self.head = PoolingHead(context, "ALL" if is_of_tokens else "LAST", bias=is_of_tokens)
+            self.head = PoolingHead(context, "ALL" if is_of_tokens else "LAST", bias=is_of_tokens and not self._answers)
         elif context.head in ("reward", "process"):
             pooling, hidden = "ALL" if context.head == "process" else "LAST", self.reward_activation
             self.head = PoolingHead(context, pooling, activation=hidden, bias=hidden is not None)
-        self._answers = answer_ids(context.config) if context.head == "sequence" else None
         self.logit_scale, self.logit_softcap = parts.logit_scale, parts.logit_softcap
 
     def stored_as(self, checkpoint: Checkpoint) -> Checkpoint:
-        return checkpoint if self._answers is None else AnswerRows(checkpoint, *self._answers)
+        if not self._answers:
+            return checkpoint
+        return AnswerRows(checkpoint, self._answers, compares=self._compares)
 
     def forward(self, batch: InputBatch, hidden: Tensor | None = None) -> ModelOutput:
         noted: dict[int, Tensor] = {}

@@ -169,14 +169,13 @@ class GteModel(Encoder):
     def configure(cls, config: HFConfig) -> HFConfig:
         config = super().configure(config)
         scaling = config.section("rope_scaling")
-        if scaling.get("type") != "ntk" or scaling.has("mixed_b"):
+        if scaling.get("type") != "ntk":
             return config
-        # A larger base, and all angles divided by the same number, as in the authors' code.
-        factor = scaling.positive("factor")
-        return config.replaced(
-            rope_theta=config.positive("rope_theta") * factor,
-            rope_scaling={"type": "linear", "factor": factor ** (2 / config.head_dim)},
-        )
+        # NTK-aware scaling, mixed by a power (kexue.fm/archives/9706). Without one, the authors multiply the base by
+        # the factor and divide all angles by its power 2 / head_dim, which is the same as with the power 1.
+        factor, power, half = scaling.positive("factor"), scaling.positive("mixed_b", 1.0), config.head_dim // 2
+        factors = [factor ** ((pair / half) ** power) for pair in range(1, half + 1)]
+        return config.replaced(rope_scaling={"type": "frequency_factors", "factors": factors})
 
     def __init__(self, context: ModelContext) -> None:
         parts = rotary_bert_parts(context, qkv_bias=True, out_bias=True, down_bias=True, is_fused=True)

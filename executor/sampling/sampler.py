@@ -120,6 +120,9 @@ class Sampler:
             states: The tokens so far.
             mask: Tokens that a grammar allows.
         """
+        if not len(rows):  # of a step that computes parts of prompts, or pools them
+            nothing = SamplerOutput(np.empty(0, np.int64))
+            return Sampled(logits.new_empty(0, dtype=torch.int64), Deferred.known(nothing))
         if self._communicator.rank:
             return self._received(rows)
         raw = logits

@@ -8,18 +8,21 @@ drafts never change tokens.
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+import math
+from collections.abc import Sequence
+from itertools import accumulate
 
-from executor.messages import I32, I64, row_offsets
+import numpy as np
+
+from executor.messages import I32, I64
 from executor.request_states import RequestStates
 from executor.speculative.base import Drafts
 from executor.speculative.step_costs import StepCosts
 
-F64 = npt.NDArray[np.float64]
-
 MAX_KINDS = 32
-FIRST_LOGITS = np.repeat([-0.8, 0.0, 0.4, 0.8, 1.1, 1.5, 2.0, 2.5], 3) + np.tile([0.0, 0.3, -0.6], 8)
+FIRST_LOGITS = tuple(
+    level + change for level in (-0.8, 0.0, 0.4, 0.8, 1.1, 1.5, 2.0, 2.5) for change in (0.0, 0.3, -0.6)
+)
 """Logits of the probabilities by kind (see ``lookup.py``) before anything was learned."""
 KIND_RATE = 0.02
 REQUEST_RATE = 0.3
@@ -29,9 +32,15 @@ PROBE = 32
 MIN_GAIN = 1.03
 """Drafts are verified if they promise this many times the tokens per second: costs are not known better than that."""
 
+Proposal = tuple[int, list[int], list[int]]
+"""Position of the first proposed token, the tokens, and their kinds."""
+
 
 class DraftLengths:
-    """Chooses the drafts to verify. State by slot is reset by ``add``."""
+    """Chooses the drafts to verify. State by slot is reset by ``add``.
+
+    Slots are taken one by one: a step has drafts for few of them, for which array operations would take longer.
+    """
 
     def __init__(
         self,
@@ -40,7 +49,7 @@ class DraftLengths:
         min_probability: float,
         *,
         is_adaptive: bool,
-        first_logits: F64 = FIRST_LOGITS,
+        first_logits: Sequence[float] = FIRST_LOGITS,
     ) -> None:
         """
         Args:
@@ -48,37 +57,33 @@ class DraftLengths:
             max_drafts: Maximum drafts of a slot.
             min_probability: Drafts end where the probability that all of them are accepted falls below this.
             is_adaptive: Whether anything is learned, and whether costs count.
-            first_logits: float64 [kinds]: logits of the probabilities by kind before anything was learned.
+            first_logits: Logits of the probabilities by kind before anything was learned.
         """
         self.costs = StepCosts()
         self._min_probability = min_probability
         self._is_adaptive = is_adaptive
-        self._kinds: F64 = np.zeros(MAX_KINDS)
-        self._kinds[: len(first_logits)] = first_logits
+        self._kinds = [*first_logits, *(0.0,) * (MAX_KINDS - len(first_logits))]
         self._num_skipped = 0
         """Steps in a row for which ``affordable`` found no drafts worth their time."""
-        self._requests: F64 = np.zeros(max_num_seqs)
+        self._requests = [0.0] * max_num_seqs
         """Logits by slot, to be added to those of kinds."""
-        self._tokens = np.zeros((max_num_seqs, max_drafts), np.int32)
-        """int32 [slots, drafts]: the last proposals, verified or not."""
-        self._token_kinds = np.zeros((max_num_seqs, max_drafts), np.int8)
-        self._counts = np.zeros(max_num_seqs, np.int64)
-        self._begins = np.zeros(max_num_seqs, np.int64)
-        """Position of the first proposed token."""
+        self._proposals: dict[int, Proposal] = {}
+        """The last proposals by slot, verified or not, until they are compared with what came."""
 
     def add(self, slot: int) -> None:
         """Forgets what is known of a slot."""
-        self._counts[slot] = 0
+        self._proposals.pop(slot, None)
         self._requests[slot] = 0.0
 
-    def probabilities(self, slots: I32, kinds: npt.NDArray[np.int8] | I64) -> F64:
-        """Probability of each draft, given that those before it are accepted: float64 [drafts].
-
-        Args:
-            slots: int32 [drafts].
-            kinds: int8 [drafts].
-        """
-        chances: F64 = 1.0 / (1.0 + np.exp(-self._kinds[kinds] - self._requests[slots]))
+    def _chances(self, slot: int, kinds: Sequence[int]) -> list[float]:
+        """Probability that each of a slot's drafts and those before it are accepted, up to the least that counts."""
+        own, chance = self._requests[slot], 1.0
+        chances: list[float] = []
+        for kind in kinds:
+            chance *= _probability(self._kinds[kind] + own)
+            if chance < self._min_probability:
+                break
+            chances.append(chance)
         return chances
 
     def affordable(self, slots: I32, limits: I64, draft_costs: StepCosts) -> I64:
@@ -94,77 +99,82 @@ class DraftLengths:
         most = int(limits.max(initial=0))
         if not self._is_adaptive or most <= 0 or not self.costs.is_known:
             return limits
-        places = np.arange(most)
-        is_allowed = places < limits[:, None]
-        chances = np.cumprod(self.probabilities(slots[:, None], places[None, :]), axis=1) * is_allowed
-        rows = is_allowed.sum(0)
-        num_tokens = len(slots) + np.concatenate(([0.0], np.cumsum(rows)))
-        proposing = np.concatenate(([0.0, 0.0], np.cumsum(draft_costs.milliseconds(rows[1:].astype(np.float64)))))
-        gains = np.concatenate(([0.0], np.cumsum(chances.sum(0))))
-        rates = (len(slots) + gains) / (self.costs.milliseconds(num_tokens) + proposing)
-        best = int(rates.argmax())
+        num_rows, gains, num_slots = [0] * most, [0.0] * most, len(slots)
+        for slot, limit in zip(slots.tolist(), limits.tolist(), strict=True):
+            own, chance = self._requests[slot], 1.0
+            for place in range(limit):
+                chance *= _probability(self._kinds[place] + own)
+                gains[place] += chance
+                num_rows[place] += 1
+        proposing = accumulate((0.0, *draft_costs.milliseconds(num_rows[1:])), initial=0.0)
+        times = self.costs.milliseconds(list(accumulate(num_rows, initial=num_slots)))
+        tokens = accumulate(gains, initial=float(num_slots))
+        rates = [gain / (time + own) for gain, time, own in zip(tokens, times, proposing, strict=True)]
+        best = rates.index(max(rates))
         if rates[best] >= MIN_GAIN * rates[0]:
             self._num_skipped = 0
             return np.minimum(limits, best)
         self._num_skipped += 1  # now and then, drafts are compared with what comes
         return np.minimum(limits, 2 if self._num_skipped % PROBE == 0 else 0)
 
-    def learn(self, slots: I32, states: RequestStates) -> None:
+    def learn(self, slots: Sequence[int], states: RequestStates) -> None:
         """Compares the last proposals of slots with the tokens that have come since."""
-        slots = slots[self._counts[slots] > 0]
-        if not self._is_adaptive or not len(slots):
+        if not self._proposals or not self._is_adaptive:
             return
-        begins = self._begins[slots]
-        counts = np.minimum(self._counts[slots], states.num_known[slots] - begins)
-        self._counts[slots] = 0
-        rows, offsets = row_offsets(counts)
-        came = states.token_ids[slots[rows], begins[rows] + offsets]
-        hits = came == self._tokens[slots[rows], offsets]
-        first_miss = np.full(len(slots), len(hits) + 1)
-        np.minimum.at(first_miss, rows[~hits], offsets[~hits])
-        counted = offsets <= first_miss[rows]
-        rows, offsets, hits = rows[counted], offsets[counted], hits[counted]
-        kinds = self._token_kinds[slots[rows], offsets]
-        errors = hits - self.probabilities(slots[rows], kinds)
-        np.add.at(self._kinds, kinds, KIND_RATE * errors)
-        np.add.at(self._requests, slots[rows], REQUEST_RATE * errors)
-        self._requests[slots] = np.minimum(np.maximum(self._requests[slots], -MAX_BIAS), MAX_BIAS)
+        for slot in slots:
+            proposal = self._proposals.pop(slot, None)
+            if proposal is None:
+                continue
+            begin, tokens, kinds = proposal
+            came = states.token_ids[slot, begin : min(begin + len(tokens), int(states.num_known[slot]))].tolist()
+            own, errors = self._requests[slot], 0.0
+            for token, kind, draft in zip(came, kinds, tokens, strict=False):
+                error = (token == draft) - _probability(self._kinds[kind] + own)
+                self._kinds[kind] += KIND_RATE * error
+                errors += error
+                if token != draft:
+                    break
+            self._requests[slot] = min(max(own + REQUEST_RATE * errors, -MAX_BIAS), MAX_BIAS)
 
-    def choose(self, slots: I32, drafts: Drafts, states: RequestStates) -> I64:
-        """How many drafts of each slot are worth verifying, int64 [slots].
+    def choose(self, slots: Sequence[int], drafts: Drafts, states: RequestStates) -> list[int]:
+        """How many drafts of each slot are worth verifying.
 
         Args:
-            slots: int32 [n]: all slots of the next step, as far as is known.
+            slots: All slots of the next step, as far as is known.
             drafts: The proposals of these slots.
             states: Tokens by slot.
         """
-        if drafts.kinds is None or not len(drafts.token_ids):
-            return drafts.counts
-        rows, offsets = row_offsets(drafts.counts)
-        self._counts[slots] = drafts.counts
-        self._begins[slots] = states.num_known[slots]
-        self._tokens[slots[rows], offsets] = drafts.token_ids
-        self._token_kinds[slots[rows], offsets] = drafts.kinds
-        chances = np.zeros((len(slots), int(drafts.counts.max())))
-        chances[rows, offsets] = self.probabilities(slots[rows], drafts.kinds)
-        np.cumprod(chances, axis=1, out=chances)
-        chances[chances < self._min_probability] = 0.0
-        if self._is_adaptive:
-            chances[chances < self._least(chances, len(slots))] = 0.0
-        counts: I64 = np.count_nonzero(chances, axis=1)
-        return counts
+        counts: list[int] = drafts.counts.tolist()
+        if drafts.kinds is None:
+            return counts
+        tokens, kinds = drafts.token_ids.tolist(), drafts.kinds.tolist()
+        chances: list[list[float]] = []
+        begin = 0
+        for slot, count in zip(slots, counts, strict=True):
+            end = begin + count
+            if count:
+                self._proposals[slot] = int(states.num_known[slot]), tokens[begin:end], kinds[begin:end]
+            chances.append(self._chances(slot, kinds[begin:end]))
+            begin = end
+        if not self._is_adaptive:
+            return list(map(len, chances))
+        least = self._least(chances)
+        return [sum(chance >= least for chance in own) for own in chances]
 
-    def _least(self, chances: F64, num_rows: int) -> float:
+    def _least(self, chances: Sequence[Sequence[float]]) -> float:
         """The smallest probability of a draft that is worth its cost; above 1: none is.
 
         Args:
-            chances: float64 [slots, drafts]: probability that a draft is reached and accepted, falling along a row.
-            num_rows: Tokens of the step without drafts.
+            chances: By slot: probability that each draft is reached and accepted, falling.
         """
-        gains = np.sort(chances[chances > 0.0])[::-1]
-        if not len(gains):
-            return 2.0
-        times = self.costs.relative(num_rows + np.arange(len(gains) + 1.0))
-        rates = (num_rows + np.concatenate(([0.0], np.cumsum(gains)))) / times
-        best = int(rates.argmax())
-        return float(gains[best - 1]) if rates[best] >= MIN_GAIN * rates[0] else 2.0
+        gains = sorted((chance for own in chances for chance in own), reverse=True)
+        num_rows = len(chances)
+        times = self.costs.relative(range(num_rows, num_rows + len(gains) + 1))
+        tokens = accumulate(gains, initial=float(num_rows))
+        rates = [gain / time for gain, time in zip(tokens, times, strict=True)]
+        best = rates.index(max(rates))
+        return gains[best - 1] if best and rates[best] >= MIN_GAIN * rates[0] else 2.0
+
+
+def _probability(logit: float) -> float:
+    return 1.0 / (1.0 + math.exp(-logit))

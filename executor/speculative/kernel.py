@@ -30,22 +30,32 @@ class KernelSearch:
         )
         self._rows = np.zeros(max_num_seqs, LOOKUP)
         """By slot."""
+        self._place = address(self._rows["tokens"])  # the first field: an array of structs takes long to describe
+        self._texts: I32 | None = None
+        """The table to which ``_rows`` points."""
+        self._tokens = np.empty(max_num_seqs * config.num_speculative_tokens, np.int32)
+        self._kinds = np.empty(len(self._tokens), np.int8)
+        self._results = ctypes.addressof(self._options), address(self._tokens), address(self._kinds)
 
     def forget(self, slot: int) -> None:
-        self._rows[slot] = np.zeros((), LOOKUP)
+        for field in ("followed_size", "followed_place", "followed_match"):
+            self._rows[field][slot] = 0
 
     def propose(self, slots: I32, limits: I64, states: RequestStates, pools: Sequence[Pool | None]) -> Drafts:
         texts = states.token_ids
-        rows = self._rows[slots]
-        rows["tokens"] = address(texts) + slots.astype(np.uint64) * np.uint64(texts.strides[0])
+        if texts is not self._texts:
+            self._texts = texts
+            self._rows["tokens"] = address(texts) + np.arange(len(texts), dtype=np.uint64) * np.uint64(texts.strides[0])
+        is_alone = len(slots) == 1
+        rows = self._rows[slots[0] : slots[0] + 1] if is_alone else self._rows[slots]
+        place = self._place + int(slots[0]) * LOOKUP.itemsize if is_alone else address(rows["tokens"])
         rows["num_tokens"] = states.num_known[slots]
         rows["limit"] = limits
         rows["pool"] = [0 if pool is None else pool.address for pool in pools]
         rows["pool_size"] = [0 if pool is None else len(pool.text) for pool in pools]
-        room = int(np.maximum(limits, 0).sum())
-        tokens, kinds = np.empty(room, np.int32), np.empty(room, np.int8)
-        self._kernel.propose(address(rows), len(rows), ctypes.addressof(self._options), address(tokens), address(kinds))
-        self._rows[slots] = rows
+        self._kernel.propose(place, len(rows), *self._results)
         counts = rows["count"].astype(np.int64)
+        if not is_alone:
+            self._rows[slots] = rows
         total = int(counts.sum())
-        return Drafts(counts, tokens[:total], kinds[:total])
+        return Drafts(counts, self._tokens[:total].copy(), self._kinds[:total].copy())

@@ -15,10 +15,16 @@ from executor.speculative.registry import create_proposer
 
 U8 = npt.NDArray[np.uint8]
 
+_NO_TOKENS: I32 = np.empty(0, np.int32)
+_NOTHING = Drafts(np.empty(0, np.int64), _NO_TOKENS)
+
 FIRST_LOGIT = 1.0
 """That of a draft whose proposal took time, before anything was learned: it is right in 3 of 4 cases."""
 PATIENCE = 8
 """Steps without drafts after which a slot's next step does not wait for the last one to propose some."""
+SEARCH_PERIOD = 4
+"""After as many, a slot's text is searched each time that this many steps have passed: searches take the more of a step
+the less they bring."""
 
 
 def step_rows(plan: SchedulerOutput, states: RequestStates) -> tuple[I32, I32, U8, bool]:
@@ -52,19 +58,30 @@ def drafts_of(rows: SampleRows, states: RequestStates) -> I64:
 
     Also sets the rows' offsets.
     """
-    firsts = np.flatnonzero(np.diff(rows.step_rows, prepend=-1))
-    lengths = np.diff(firsts, append=len(rows))
-    rows.offsets = np.arange(len(rows)) - np.repeat(firsts, lengths)
+    numbers = rows.step_rows
+    is_first = np.empty(len(numbers), np.bool_)
+    is_first[0], is_first[1:] = True, numbers[1:] != numbers[:-1]
+    firsts = is_first.nonzero()[0]
+    counts = _counts(firsts, len(numbers))
+    rows.offsets = np.arange(len(numbers)) - firsts.repeat(counts)
     drafts = states.token_ids[rows.slots, rows.positions].astype(np.int64)
-    drafts[firsts + lengths - 1] = -1
+    drafts[firsts + counts - 1] = -1
     return drafts
+
+
+def _counts(firsts: I64, total: int) -> I64:
+    """Samples of each row, int64 [rows], which begin at ``firsts``; there are ``total`` of all rows."""
+    counts: I64 = np.empty(len(firsts), np.int64)
+    counts[:-1], counts[-1:] = firsts[1:], total
+    counts -= firsts
+    return counts
 
 
 def num_verified(rows: SampleRows) -> bytes:
     """Drafts that each row of a step with drafts verifies: uint8 [rows that sample]."""
     assert rows.offsets is not None
-    firsts = np.flatnonzero(rows.offsets == 0)
-    return (np.diff(firsts, append=len(rows)) - 1).astype(np.uint8).tobytes()
+    firsts = (rows.offsets == 0).nonzero()[0]
+    return (_counts(firsts, len(rows)) - 1).astype(np.uint8).tobytes()
 
 
 def settle(
@@ -82,31 +99,33 @@ def settle(
     Returns:
         The output without the tokens after a rejected draft, and ``ModelRunnerOutput.num_accepted``.
     """
+    if not len(rows):
+        return output, b""
     if drafts is None:
         states.fill(rows.slots, epochs, rows.positions, output.token_ids)
         return output, b""
     assert rows.offsets is not None
-    firsts = np.flatnonzero(rows.offsets == 0)
-    counts = np.diff(firsts, append=len(rows))
+    firsts = (rows.offsets == 0).nonzero()[0]
+    counts = _counts(firsts, len(rows))
     holds = output.token_ids == drafts
     numbers = rows.step_rows[firsts]
     for error in output.row_errors:
         holds[firsts[np.searchsorted(numbers, error.row)] + error.position] = False
     accepted = np.minimum.reduceat(np.where(holds, len(rows), rows.offsets), firsts)
-    kept = rows.offsets <= np.repeat(accepted, counts)
-    states.fill(rows.slots[kept], epochs[kept], rows.positions[kept], output.token_ids[kept])
+    kept = (rows.offsets <= accepted.repeat(counts)).nonzero()[0]
+    token_ids = output.token_ids[kept]
+    states.fill(rows.slots[kept], epochs[kept], rows.positions[kept], token_ids)
     states.retract(rows.slots[firsts], epochs[firsts], counts - 1 - accepted)
+    verdict = accepted.astype(np.uint8).tobytes()
+    if not output.logprobs and not output.row_errors:
+        return SamplerOutput(token_ids), verdict
     last = dict(zip(numbers.tolist(), accepted.tolist(), strict=True))
     reached = SamplerOutput(
-        token_ids=output.token_ids[kept],
+        token_ids=token_ids,
         logprobs=[entry for entry in output.logprobs if entry.position <= last[entry.row]],
         row_errors=[error for error in output.row_errors if error.position == last[error.row]],
     )
-    return reached, accepted.astype(np.uint8).tobytes()
-
-
-SEARCH_PERIOD = 4
-"""After ``PATIENCE`` such steps of all slots, drafts are proposed each time that this many steps have passed."""
+    return reached, verdict
 
 
 class Speculation:
@@ -128,12 +147,11 @@ class Speculation:
             self.max_drafts,
             0.0 if config is None else config.min_token_prob,
             is_adaptive=config is not None and config.is_adaptive,
-            first_logits=FIRST_LOGITS if self._costs is None else np.full(MAX_KINDS, FIRST_LOGIT),
+            first_logits=FIRST_LOGITS if self._costs is None else (FIRST_LOGIT,) * MAX_KINDS,
         )
         self._always_waits = config is not None and not config.is_adaptive
         """Ranks must not differ in which results they know when a step begins."""
-        self._num_fruitless = 0
-        """Steps since drafts of any slot were last worth verifying."""
+        self._always_searches = self._always_waits or self._costs is not None
         self._num_idle = np.zeros(max_num_seqs, np.int64)
         """Steps of a slot since drafts were last worth verifying."""
 
@@ -173,14 +191,6 @@ class Speculation:
         if self._proposer is not None:
             self._proposer.follow(computed, states)
 
-    def _is_search_due(self) -> bool:
-        """Whether drafts are proposed after this step. A search and the choice among its results take the more of a
-        step the less they bring, so they become rare while no drafts are worth their verification."""
-        self._num_fruitless += 1
-        if self._always_waits or self._costs is not None or self._num_fruitless <= PATIENCE:
-            return True
-        return self._num_fruitless % SEARCH_PERIOD == 0
-
     def propose(self, rows: SampleRows, epochs: I64, states: RequestStates) -> Drafts | None:
         """Proposes drafts for the next step of the requests that got tokens, and writes them to the table.
 
@@ -194,31 +204,55 @@ class Speculation:
         """
         if self._proposer is None or not len(rows):
             return None
-        firsts = slice(None) if rows.offsets is None else rows.offsets == 0
+        firsts = slice(None) if rows.offsets is None else (rows.offsets == 0).nonzero()[0]
         slots = rows.slots[firsts]
         is_current = states.epochs[slots] == epochs[firsts]
+        if not is_current.all():
+            slots = slots[is_current]
+        numbers = slots.tolist()
+        self._lengths.learn(numbers, states)
+        proposed = self._proposed(slots, states)
+        counts = np.zeros(len(slots), np.int64)
+        if len(proposed.token_ids):
+            counts[:] = self._lengths.choose(numbers, proposed, states)
+            self._num_idle[slots] = np.where(counts > 0, 0, self._num_idle[slots] + 1)
+            # A step that is under way already, since no drafts were expected, has none.
+            counts *= states.num_known[slots] == states.num_tokens[slots]
+        else:
+            self._num_idle[slots] += 1
+        if not counts.any():  # the usual case of text that never repeats
+            had_drafts = bool(states.num_drafts[slots].any())
+            states.num_drafts[slots] = 0
+            return Drafts(_spread(counts, is_current), _NO_TOKENS) if had_drafts else None
+        token_ids = proposed.token_ids
+        if len(counts) == 1:
+            token_ids = token_ids[: counts[0]]
+        else:
+            places, offsets = row_offsets(proposed.counts)
+            token_ids = token_ids[offsets < counts[places]]
+        drafts = Drafts(_spread(counts, is_current), token_ids)
+        states.set_drafts(slots, counts, drafts.token_ids)
+        return drafts
+
+    def _proposed(self, slots: I32, states: RequestStates) -> Drafts:
+        """Proposals for slots whose tokens have just come, of those whose turn it is."""
+        assert self._proposer is not None
+        idle = self._num_idle[slots]
+        is_due = (idle < PATIENCE) | (idle % SEARCH_PERIOD == 0) | self._always_searches
+        if not is_due.any():
+            return _NOTHING
         # The last token of a request is never verified: nothing follows it.
         room = np.minimum(states.token_ids.shape[1], self._ends[slots] - 1) - states.num_known[slots]
-        limits = np.where(is_current, np.maximum(np.minimum(self._limits[slots], room), 0), 0)
-        current = slots[is_current]
-        self._lengths.learn(current, states)
+        limits = np.maximum(np.minimum(self._limits[slots], room), 0) * is_due
         if self._costs is not None:
             limits = self._lengths.affordable(slots, limits, self._costs)
-        proposed = Drafts(np.zeros(len(slots), np.int64), np.empty(0, np.int32))
-        if self._is_search_due():
-            proposed = self._proposer.propose(slots, limits, states)
-        if not len(proposed.token_ids):  # the usual case of text that never repeats
-            states.num_drafts[current] = 0
-            self._num_idle[current] += 1
-            return proposed
-        counts = np.zeros(len(slots), np.int64)
-        mine = Drafts(proposed.counts[is_current], proposed.token_ids, proposed.kinds)
-        counts[is_current] = self._lengths.choose(current, mine, states)
-        self._num_idle[current] = np.where(counts[is_current] > 0, 0, self._num_idle[current] + 1)
-        self._num_fruitless = 0 if counts.any() else self._num_fruitless
-        # A step that is under way already, since no drafts were expected, has none.
-        counts[states.num_known[slots] != states.num_tokens[slots]] = 0
-        places, offsets = row_offsets(proposed.counts)
-        drafts = Drafts(counts, proposed.token_ids[offsets < counts[places]])
-        states.set_drafts(current, counts[is_current], drafts.token_ids)
-        return drafts
+        return self._proposer.propose(slots, limits, states)
+
+
+def _spread(counts: I64, is_current: npt.NDArray[np.bool_]) -> I64:
+    """Counts of the current rows among all rows; the others have none."""
+    if len(counts) == len(is_current):
+        return counts
+    every: I64 = np.zeros(len(is_current), np.int64)
+    every[is_current] = counts
+    return every

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
-
-F64 = npt.NDArray[np.float64]
-
-KNOTS = np.array([1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024], np.float64)
+KNOTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 """Tokens of a step; times in between are interpolated."""
-_KNOTS: list[float] = KNOTS.tolist()
+DENSE = 8
+"""Up to this number, each is a knot."""
 FIRST_GUESS = 0.1
 """Cost of another token before anything was measured, in steps of one token. It is low, so that drafts are tried."""
 SCALE_RATE = 0.3
@@ -37,35 +34,37 @@ MAX_SURPRISE = 0.7
 
 
 class StepCosts:
-    """Times of steps with one token per position that is sampled, such as those that decode."""
+    """Times of steps with one token per position that is sampled, such as those that decode.
+
+    Numbers are Python's: there are few of them, so that arrays would take several times as long.
+    """
 
     def __init__(self) -> None:
-        self._guess: F64 = np.log1p(FIRST_GUESS * (KNOTS - 1))
-        self._shape: F64 = self._guess.copy()
+        self._guess = [math.log1p(FIRST_GUESS * (knot - 1)) for knot in KNOTS]
+        self._shape = list(self._guess)
         """Logarithm of the time at each knot, relative to the scale."""
         self._scale: float | None = None
         """Logarithm of the milliseconds of all steps in common; None: nothing was measured."""
         self._num_added = 0
-        self._visits = np.zeros(len(KNOTS))
+        self._visits = [0.0] * len(KNOTS)
         """Recent steps of about the size of each knot."""
 
     def add(self, num_tokens: int, milliseconds: float) -> None:
         """Learns from a step."""
         if num_tokens < 1 or milliseconds <= 0:
             return
-        right = min(max(1, bisect_left(_KNOTS, num_tokens)), len(_KNOTS) - 1)
+        right = min(max(1, bisect_left(KNOTS, num_tokens)), len(KNOTS) - 1)
         left = right - 1
-        weight = min(1.0, (num_tokens - _KNOTS[left]) / (_KNOTS[right] - _KNOTS[left]))
-        expected = (1 - weight) * float(self._shape[left]) + weight * float(self._shape[right])
+        weight = min(1.0, (num_tokens - KNOTS[left]) / (KNOTS[right] - KNOTS[left]))
+        expected = (1 - weight) * self._shape[left] + weight * self._shape[right]
         measured = math.log(milliseconds)
         if self._scale is None:
             self._scale = measured - expected
         surprise = min(MAX_SURPRISE, max(-MAX_SURPRISE, measured - expected - self._scale))
         self._scale += SCALE_RATE * surprise
-        self._visits *= KEPT
+        self._visits = [KEPT * visits for visits in self._visits]
         for knot, share in ((left, 1 - weight), (right, weight)):
-            visits = min(float(self._visits[knot]) + share, MAX_VISITS)
-            self._visits[knot] = visits
+            visits = self._visits[knot] = min(self._visits[knot] + share, MAX_VISITS)
             self._shape[knot] += share * max(SHAPE_RATE, 0.5 / (1 + visits)) * surprise
         self._num_added += 1
         if self._num_added < MANY or self._num_added % GUESS_PERIOD == 0:
@@ -73,34 +72,44 @@ class StepCosts:
 
     def _guess_others(self) -> None:
         """Sizes that were not measured lie between those that were; the first guess says how it goes on behind."""
-        is_known = self._visits >= MIN_VISITS
-        known = np.flatnonzero(is_known)
-        if len(known):
-            excess = np.interp(KNOTS, KNOTS[known], (self._shape - self._guess)[known])
-            self._shape = np.where(is_known, self._shape, self._guess + excess)
+        known = [knot for knot, visits in enumerate(self._visits) if visits >= MIN_VISITS]
+        if not known:
+            return
+        excess = [self._shape[knot] - self._guess[knot] for knot in known]
+        sizes = [KNOTS[knot] for knot in known]
+        for knot, size in enumerate(KNOTS):
+            if self._visits[knot] < MIN_VISITS:
+                self._shape[knot] = self._guess[knot] + _interpolated(size, sizes, excess)
 
-    def relative(self, num_tokens: F64) -> F64:
-        """Times of steps with these numbers of tokens, in a common unit. They never fall as the number grows.
-
-        Args:
-            num_tokens: float64 [n], at least 1.
-        """
-        shape = np.exp(np.maximum.accumulate(self._shape))
-        times: F64 = np.interp(num_tokens, KNOTS, shape)
-        return times
+    def relative(self, num_tokens: Sequence[int]) -> list[float]:
+        """Times of steps with these numbers of tokens, at least 1, in a common unit. They never fall as the number
+        grows."""
+        most, times, highest = max(num_tokens, default=0), [], -math.inf
+        for knot, shape in zip(KNOTS, self._shape, strict=True):
+            highest = max(highest, shape)
+            times.append(math.exp(highest))
+            if knot >= most:
+                break
+        return [
+            times[number - 1] if number <= DENSE else _interpolated(number, KNOTS[: len(times)], times)
+            for number in num_tokens
+        ]
 
     @property
     def is_known(self) -> bool:
         """Whether anything was measured."""
         return self._scale is not None
 
-    def milliseconds(self, num_tokens: F64) -> F64:
-        """Times of steps with these numbers of tokens; 0 before anything was measured.
+    def milliseconds(self, num_tokens: Sequence[int]) -> list[float]:
+        """Times of steps with these numbers of tokens, at least 1; 0 before anything was measured."""
+        scale = 0.0 if self._scale is None else math.exp(self._scale)
+        return [scale * time for time in self.relative(num_tokens)]
 
-        Args:
-            num_tokens: float64 [n], at least 1.
-        """
-        if self._scale is None:
-            return np.zeros(len(num_tokens))
-        times: F64 = self.relative(num_tokens) * np.exp(self._scale)
-        return times
+
+def _interpolated(size: float, sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The value at a size, on the lines between those at ``sizes``, which ascend; level on both sides of these."""
+    right = bisect_left(sizes, size)
+    if right == 0 or right == len(sizes):
+        return values[min(right, len(sizes) - 1)]
+    begin, end = sizes[right - 1], sizes[right]
+    return values[right - 1] + (values[right] - values[right - 1]) * (size - begin) / (end - begin)

@@ -42,6 +42,29 @@ def test_same_states_as_transformers(name: str) -> None:
         assert_close(Runner(loaded, captured=True).step([Chunk(0, token_ids)]), expected)
 
 
+@pytest.mark.parametrize("power", [None, 0.625])
+def test_rotary_scaling_of_gte(power: float | None) -> None:
+    """transformers lacks it: its angles are replaced by those of the definition (kexue.fm/archives/9706)."""
+    factor, base, size, token_ids = 8.0, 3000.0, 16, tokens(100)
+    pairs = torch.arange(0, size, 2).double()
+    if power is None:
+        angles = (factor * base) ** (-pairs / size) / factor ** (2 / size)
+    else:
+        scale = torch.tensor(factor).double().log() / (size / 2) ** power
+        angles = base ** (-pairs / size) / (scale * (pairs / 2 + 1) ** power).exp()
+    folder = tiny.checkpoint("gte")
+    model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    assert model.rotary_emb.inv_freq.shape == angles.shape
+    model.rotary_emb.inv_freq = angles.float()
+    with torch.inference_mode():
+        expected = model(torch.tensor([token_ids])).last_hidden_state[0]
+    scaling = {"type": "ntk", "factor": factor} | ({} if power is None else {"mixed_b": power})
+    old = tiny.checkpoint("gte", old_rope_spelling=True)
+    loaded = load(old, hf_overrides={"rope_scaling": scaling})
+    assert_close(Runner(loaded).step([Chunk(0, token_ids)]), expected)
+    assert loaded.max_model_len == 512
+
+
 @pytest.mark.parametrize("name", ["bert", "nomic", "xlm_roberta"])
 def test_types_of_tokens(name: str) -> None:
     token_ids = tokens(60)

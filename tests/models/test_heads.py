@@ -14,6 +14,8 @@ import transformers
 from msgspec.structs import replace
 from safetensors.torch import save_file
 
+from api.config import PoolerConfig
+from api.model.pooler import step_overrides
 from engine_core.messages import ResolvedPoolingParams
 from executor.config import StepSize
 from executor.device.cpu import CpuDevice
@@ -160,6 +162,25 @@ def test_a_reranker_made_of_an_output_layer(tied: bool) -> None:
     (score,) = pooled(runner_of(loaded), [prompt], [CLASSIFY])
     expected = torch.softmax(logits[[17, 42]], -1)[1]
     np.testing.assert_allclose(score, [expected.item()], rtol=0, atol=1e-4)
+
+
+def test_a_judge_of_steps_made_of_an_output_layer() -> None:
+    folder = tiny.checkpoint("mistral")
+    ids = [42, 17, 5]
+    pooler = PoolerConfig(pooling_type="STEP", returned_token_ids=tuple(ids))
+    overrides = step_overrides(pooler, json.loads((folder / "config.json").read_text()))
+    assert overrides["architectures"] == ["MistralForTokenClassification"]
+    loaded = load(folder, hf_overrides=overrides)
+    assert (loaded.pooling.head_pooling, loaded.pooling.labels) == ("ALL", ("42", "17", "5"))
+    prompt = tokens(40)
+    params = ResolvedPoolingParams(pooling_type="ALL", classifies=True)
+    (ours,) = pooled(runner_of(loaded), [prompt], [params])
+    expected = torch.softmax(torch.from_numpy(theirs("MistralForCausalLM", folder, prompt))[:, ids], -1)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="needs a folder with a model ...ForCausalLM, not BertModel"):
+        step_overrides(pooler, {"architectures": ["BertModel"]})
+    with pytest.raises(ValueError, match='need "pooling_type": "STEP"'):
+        step_overrides(PoolerConfig(step_tag_id=3), {})
 
 
 def test_dense_layers(tmp_path: Path) -> None:

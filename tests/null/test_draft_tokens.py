@@ -115,6 +115,26 @@ def test_counts_are_upper_bounds_that_results_lower() -> None:
     assert engine.outputs[0] == expected_output(prompt, 40)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_plans_allow_drafts_only_while_workers_may_have_some(depth: int) -> None:
+    right = proposer()
+
+    def propose(tokens: list[int]) -> list[int]:
+        return right(tokens) if 22 < len(tokens) < 34 else []
+
+    engine = Engine.create(depth=depth, max_draft_tokens=MAX_DRAFTS, propose=propose)
+    prompt = next(prompt for prompt in prompts(400, 4) if len(expected_output(prompt, 55)) == 55)
+    engine.scheduler.add_request(make_request(0, prompt, 55))
+    allowed: dict[int, bool] = {}
+    while engine.turn():
+        for plan, step in engine.in_flight:
+            allowed.setdefault(int(step.begins[0]), any(plan.num_draft_tokens))
+    assert engine.outputs[0] == expected_output(prompt, 55) and engine.device.num_accepted > 3
+    assert allowed[4], "a new request may have some"
+    assert not any(allowed[length] for length in allowed if 16 < length < 22 or length > 52)
+    assert any(allowed[length] for length in allowed if 22 < length < 34)
+
+
 def test_no_draft_goes_beyond_the_length_that_a_request_may_have() -> None:
     engine = Engine.create(depth=3, max_draft_tokens=MAX_DRAFTS, propose=proposer(), num_blocks=256)
     inputs = [prompt for prompt in prompts(60, 10) if STOP not in expected_output(prompt, 20)[:20]][:8]

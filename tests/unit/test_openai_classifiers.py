@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from api.config import ServerConfig
+from api.config import PoolerConfig, ServerConfig
 from api.model.pair_template import DEFAULT_INSTRUCTION, QWEN3_RERANKER
 from api.model.pooler import SentenceConfig
 from engine_core.messages import PoolingSupport, i32
@@ -71,6 +71,18 @@ async def test_pooling_does_what_the_model_can() -> None:
     await plain.ok("/pooling", {"input": "a"})
     params = plain.server.engine.submitted[0].pooling_params
     assert params is not None and params.pooling_type == "MEAN"
+
+
+async def test_steps_have_results_at_their_ends() -> None:
+    config = ServerConfig(
+        runner="pooling", pooler_config=PoolerConfig(pooling_type="STEP", step_tag_id=token_of(ord("c")))
+    )
+    api = Api(FakeServer(config, tokenizer=pairing(), pooling=PoolingSupport(generates=False)))
+    answer = await api.ok("/pooling", {"input": "abcabcd", "use_activation": False})
+    assert answer["data"][0]["data"] == [fake_vector(tokens_of("c")).tolist()] * 2
+    assert (await api.ok("/pooling", {"input": "ab"}))["data"][0]["data"] == []
+    error = await api.error("/v1/embeddings", {"input": "ab"})
+    assert error["param"] == "task" and "STEP is for tokens" in error["message"]
 
 
 async def test_a_cross_encoder_reads_pairs() -> None:
