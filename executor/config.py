@@ -297,7 +297,11 @@ class DeviceConfig(Config, frozen=True):
         ),
     ] = "auto"
     attention_backend: Annotated[
-        str | None, Meta(description="Attention backend. Default: the first that supports each layer.")
+        str | None,
+        Meta(
+            description="Attention backend. On GPUs also sdpa, flash_attn or flashinfer, for comparison: tokens may "
+            "then depend on what runs beside a request. Default: the first that supports each layer."
+        ),
     ] = None
     matmul: Annotated[
         Literal["auto", "cublas"],

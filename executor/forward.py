@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 import ops
-from executor.attention.base import AttentionGroup
+from executor.attention.base import AttentionGroup, HostRows
 from executor.deferred import Array
 from executor.device.steps import StepChannel
 from executor.graphs import Program
@@ -87,6 +87,12 @@ class ForwardSetup:
     max_samples: int
 
     @property
+    def has_adapters(self) -> bool:
+        """Whether rows may have adapters."""
+        assert self.program is not None
+        return any(node.name == "adapted_linear" for node in self.program.nodes)
+
+    @property
     def block_sizes(self) -> list[int]:
         """Tokens per block of each KV cache group."""
         return [group.block_size for group in self.groups if group.is_cached]
@@ -134,11 +140,13 @@ class UploadedForward:
         if self._model.num_token_types:
             second = positions >= states.second_segments[token_slots]
             columns["token_types"] = (second & (self._model.num_token_types > 1)).astype(np.int32)
+        tables = []
         for index, group in enumerate(self._groups):
             is_cached = group.is_cached
             block_table = states.block_tables[index][slots] if is_cached else step_blocks(counts, group.block_size)
             blocks = block_table[token_rows, positions // group.block_size].astype(np.int64)
             columns[f"block_table.{index}"] = block_table
+            tables.append(block_table)
             columns[f"slot_mapping.{index}"] = blocks * group.block_size + positions % group.block_size
         views = self._channel.upload(columns)
         attention = [
@@ -149,7 +157,8 @@ class UploadedForward:
                     views[f"block_table.{index}"],
                     views[f"slot_mapping.{index}"],
                     group.block_size,
-                )
+                ),
+                HostRows(counts, columns["seq_lens"], tables[index]) if group.backend.needs_rows else None,
             )
             for index, group in enumerate(self._groups)
         ]
@@ -174,6 +183,7 @@ class UploadedForward:
 
 
 REGISTRY = {
+    "launched": "executor.launched_forward:LaunchedForward",
     "uploaded": "executor.forward:UploadedForward",
     "static": "executor.static_forward:StaticForward",
 }
@@ -181,8 +191,12 @@ REGISTRY = {
 
 def forward_class(setup: ForwardSetup) -> type[Forward]:
     """The way to launch a model on a device."""
-    has_graphs = setup.program is not None and setup.channel.graphs is not None
-    chosen: type[Forward] = resolve(REGISTRY, "static" if has_graphs else "uploaded", "forward")
+    name = "uploaded"
+    if setup.program is not None and setup.channel.graphs is not None:
+        recurs = all(group.is_cached and not group.backend.needs_rows for group in setup.groups)
+        recurs = recurs and not setup.model.num_token_types and not setup.has_adapters
+        name = "static" if recurs else "launched"
+    chosen: type[Forward] = resolve(REGISTRY, name, "forward")
     return chosen
 
 

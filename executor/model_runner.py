@@ -23,7 +23,7 @@ from executor.deferred import Deferred, Together
 from executor.device.base import Device
 from executor.device.steps import Pending
 from executor.draft_runner import DraftModel
-from executor.forward import Forward, ForwardSetup, forward_class, ranges, run_model
+from executor.forward import Forward, ForwardSetup, forward_class, run_model
 from executor.graphs import Program
 from executor.image_inputs import ImageInputs
 from executor.input_batch import InputBatch, adapter_columns, adapter_rows
@@ -47,8 +47,9 @@ from executor.request_states import RequestStates
 from executor.sampling.forced import create_sampler
 from executor.sampling.sampler import Sampler, SamplerOutput, SampleRows, TokenMask
 from executor.speculative.base import ComputedRows, ProposerContext
-from executor.speculative.speculation import Speculation, drafts_of, num_verified, settle, step_rows
+from executor.speculative.speculation import Speculation, drafts_of, num_verified, settle
 from executor.stages import Stage
+from executor.step_rows import RowsOfPlans
 from ops.dispatch import Spec
 
 PROMPT_LOGITS_CHUNK = 128
@@ -175,6 +176,7 @@ class ModelRunner:
         self.program: Program | None = None
         self.channel = self.stage.channel(device.steps())
         self.states = RequestStates(0, 0, [])
+        self._rows = RowsOfPlans()
         self.sampler = Sampler(0)
         self.pooler = Pooler(0)
         self.speculative = speculative
@@ -337,32 +339,31 @@ class ModelRunner:
                 self.sampler.add(request.slot, request.params)
             self.pooler.add(request.slot, request.pooling_params if self.stage.is_last else None)
             self.speculation.add(request)
-        slots, counts, num_sampled, has_drafts = step_rows(plan, states)
-        rows = np.arange(len(slots), dtype=np.int32).repeat(num_sampled)
-        sampled = SampleRows(slots[rows], ranges(states.num_tokens[slots], num_sampled), rows)
-        drafts = drafts_of(sampled, states) if has_drafts else None
-        batch = self.forward.prepare(slots, counts, num_sampled)
-        num_tokens = int(counts.sum())
-        batch.hidden = self.stage.begin(plan.step_id, num_tokens)
+        rows = self._rows.of(plan, states)
+        slots, counts = rows.slots, rows.counts
+        sampled = rows.samples()
+        drafts = drafts_of(sampled, states) if rows.has_drafts else None
+        batch = self.forward.prepare(slots, counts, rows.num_sampled)
+        batch.hidden = self.stage.begin(plan.step_id, rows.num_tokens)
         hidden, logits, *aux = self._run(batch, slots, counts)
         self.stage.pass_on(hidden)
         if logits.dtype != torch.float32:
             logits = logits.float()  # of models that do not generate, they are no logits, and none
         prompt_logprobs = self.prompt_logprobs(hidden, batch, slots, counts)
         pooled = self.pooler.pool(hidden, slots, counts, states)
-        computed = ComputedRows(slots, counts, states.num_computed[slots], (hidden, *aux))
-        states.advance(slots, counts, num_sampled)
+        computed = ComputedRows(slots, counts, rows.computed, (hidden, *aux))
+        rows.advance(states)
         return StartedStep(
             plan=plan,
             rows=sampled,
-            epochs=states.epochs[sampled.slots],
+            epochs=rows.epochs,
             computed=computed,
             drafts=drafts,
             logits=logits,
             prompt_logprobs=prompt_logprobs,
             pooled=pooled,
             launch_ms=(time.perf_counter() - begin) * 1e3,
-            num_tokens=num_tokens,
+            num_tokens=rows.num_tokens,
         )
 
     def _run(self, batch: InputBatch, slots: I32, counts: I32) -> Sequence[torch.Tensor]:

@@ -120,17 +120,16 @@ class RequestStates:
         self.num_reporting += reports - int(self.reports_prompt[slot])
         self.reports_prompt[slot] = reports
 
-    def advance(self, slots: I32, num_scheduled: I32, num_sampled: npt.NDArray[np.uint8]) -> None:
-        """Advances the counts for a step that begins.
+    def set_counts(self, places: npt.NDArray[np.integer], num_computed: I64, num_tokens: I64) -> None:
+        """Sets the counts of slots, each named once, when a step begins: int64 each.
 
         Args:
-            slots: int32 [rows], each at most once.
-            num_scheduled: int32 [rows]: tokens whose K and V the step computes.
-            num_sampled: uint8 [rows]: tokens that the step samples if all drafts are accepted.
+            places: The slots.
+            num_computed: Tokens whose K and V are computed after the step.
+            num_tokens: Tokens of the request if all drafts are accepted.
         """
-        places = slots.astype(np.intp)  # numpy would convert them for each access
-        self.num_computed[places] += num_scheduled
-        self.num_tokens[places] += num_sampled
+        self.num_computed[places] = num_computed
+        self.num_tokens[places] = num_tokens
 
     def fill(self, slots: I32, epochs: I64, positions: I64, tokens: I64) -> None:
         """Fills in the tokens of a step. Drops those of requests that have left their slots.
@@ -148,7 +147,7 @@ class RequestStates:
         self.num_known[slots] = positions + 1
 
     def retract(self, slots: I32, epochs: I64, counts: I64) -> None:
-        """Takes back the counts that ``advance`` added for rejected drafts.
+        """Takes back the counts that the step added for rejected drafts.
 
         Args:
             slots: int32 [n], each at most once.

@@ -10,26 +10,27 @@ Padding computes nothing that counts: a padded token writes no K and V and belon
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
+from executor.attention.base import AttentionGroup
 from executor.deferred import Array
 from executor.device.steps import ALIGNMENT, RECENT_TOKENS, as_dtype, places_of
 from executor.forward import U8, ForwardSetup, ranges
 from executor.input_batch import InputBatch
+from executor.launched_forward import rehearse, take_rehearsed
 from executor.messages import I32, I64, SchedulerOutput, i32
 from executor.request_states import RequestStates
 from executor.sampling.sampler import Sampler, SampleRows
 from ops import AttentionMetadata
 from ops.triton import prepare
-from ops.triton.attention import PlannedAttention
-from ops.triton.launch import Launch, recorded, scratch, submit
+from ops.triton.launch import Launch, recorded, submit
 from ops.triton.program import TritonProgram
 
 TOKENS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -38,8 +39,6 @@ SAMPLES = (8, 64)
 """Samples of padded steps, besides as many as tokens."""
 WARM = 64
 """Steps of up to this many tokens have their graphs before the first request; others when they first occur."""
-LONGEST = 1 << 21
-"""Tokens of a context that the memory of attention is planned for; it grows no further."""
 UPDATES = 64
 """Block updates that a step has room for, besides one per row. More need a copy of their own."""
 
@@ -108,20 +107,23 @@ class _Column:
 
 
 def _columns(size: Size, num_groups: int, max_samples: int) -> dict[str, _Column]:
+    """The columns of a step, in the order of how often they change while the same requests decode."""
     columns = {
-        "input_ids": _Column(size.tokens, np.int32, 0),
         "places": _Column(size.tokens, np.int64, -1),
+        "stored": _Column(max_samples, np.int64, -1),
         "positions": _Column(size.tokens, np.int32, 0),
-        "query_start_loc": _Column(size.rows + 1, np.int32, 0),
         "seq_lens": _Column(size.rows, np.int32, 0),
+    }
+    groups = range(num_groups)
+    columns |= {f"slot_mapping.{group}": _Column(size.tokens, np.int64, -1) for group in groups}
+    columns |= {f"updates.{group}": _Column(size.updates, np.int64, -1) for group in groups}
+    columns |= {f"blocks.{group}": _Column(size.updates, np.int32, 0) for group in groups}
+    columns |= {
+        "input_ids": _Column(size.tokens, np.int32, 0),
+        "query_start_loc": _Column(size.rows + 1, np.int32, 0),
         "row_slots": _Column(size.rows, np.int32, 0),
         "logits_rows": _Column(size.samples, np.int64, 0),
-        "stored": _Column(max_samples, np.int64, -1),
     }
-    for group in range(num_groups):
-        columns[f"slot_mapping.{group}"] = _Column(size.tokens, np.int64, -1)
-        columns[f"updates.{group}"] = _Column(size.updates, np.int64, -1)
-        columns[f"blocks.{group}"] = _Column(size.updates, np.int32, 0)
     return columns
 
 
@@ -138,6 +140,8 @@ class _Frame:
     size: Size
     padding: npt.NDArray[np.uint8]
     host: npt.NDArray[np.uint8]
+    often: npt.NDArray[np.uint8]
+    """The start of ``host``, with what changes in each decode step of the same requests."""
     columns: dict[str, Array]
     """Views of ``host``."""
     views: dict[str, Tensor]
@@ -179,6 +183,33 @@ class _Updates:
         return places, blocks
 
 
+class _Decoding:
+    """Where the inputs are that change in decode steps of the same requests."""
+
+    def __init__(
+        self, frame: _Frame, count: int, tables: Sequence[npt.NDArray[np.int32]], groups: Sequence[AttentionGroup]
+    ) -> None:
+        columns = frame.columns
+        self.tokens_at, self.stored = columns["places"][:count], columns["stored"][:count]
+        self.positions, self.seq_lens = columns["positions"][:count], columns["seq_lens"][:count]
+        self.groups = [
+            _DecodingGroup(
+                columns[f"slot_mapping.{index}"][:count], columns[f"updates.{index}"], table, group.block_size
+            )
+            for index, (table, group) in enumerate(zip(tables, groups, strict=True))
+        ]
+
+
+@dataclass
+class _DecodingGroup:
+    mapping: Array
+    updates: Array
+    table: npt.NDArray[np.int32]
+    block_size: int
+    has_updates: bool = True
+    """Whether the last step had updates."""
+
+
 def _sizes(setup: ForwardSetup) -> GraphSizes:
     return GraphSizes(setup.max_num_seqs, setup.max_tokens, setup.max_samples)
 
@@ -186,28 +217,11 @@ def _sizes(setup: ForwardSetup) -> GraphSizes:
 def _rehearsed(setup: ForwardSetup, sizes: GraphSizes) -> int:
     """Bytes of what kernels share, and of the work lists of attention, in steps of all sizes."""
     assert setup.program is not None and isinstance(setup.program.runner, TritonProgram)
-    nowhere = torch.device("meta")
     num_bytes = 0
     for size in sizes.all:
-        views = {
-            name: torch.empty(column.length, dtype=as_dtype(np.zeros(0, column.dtype)), device=nowhere)
-            for name, column in _columns(size, len(setup.groups), sizes.max_samples).items()
-        }
-        attention = []
-        with recorded():
-            for index, group in enumerate(setup.groups):
-                blocks = torch.empty(size.rows, LONGEST // group.block_size, dtype=torch.int32, device=nowhere)
-                slots = views[f"slot_mapping.{index}"]
-                columns = (views["query_start_loc"], views["seq_lens"], blocks, slots, group.block_size)
-                attention.append(group.plan(AttentionMetadata(*columns)))
-        for planned in attention:
-            if isinstance(planned, PlannedAttention):
-                num_bytes += planned.work.num_bytes * (1 + len(SAMPLES) if size.is_padded else 1)
-        batch = InputBatch(views["input_ids"], views["positions"], attention, views["logits_rows"])
-        setup.program.runner.rehearse(batch.step_inputs())
-    num_bytes += scratch.num_bytes(nowhere)
-    scratch.drop(nowhere)
-    return num_bytes
+        lists = rehearse(setup, size.tokens, size.rows, size.samples)
+        num_bytes += lists * (1 + len(SAMPLES) if size.is_padded else 1)
+    return num_bytes + take_rehearsed()
 
 
 class StaticForward:
@@ -237,8 +251,12 @@ class StaticForward:
         self._stored: I64 = np.zeros(0, np.int64)
         """Where they go in ``_recent``."""
         self._updates = [_Updates() for _ in groups]
-        self._decoding: tuple[bytes, bytes, bytes] | None = None
+        self._rows_of_last: tuple[I32, I32, U8] | None = None
         """Slots, counts and samples of the last step, if each row had one token and each slot's request is the same."""
+        self._decoding: _Decoding | None = None
+        """What the steps that go on from it share."""
+        self._ring: tuple[I32, I64] = (np.zeros(0, np.int32), np.zeros(0, np.int64))
+        """Slots, and where in ``_recent`` the first token of each goes."""
         self._frames: dict[Size, _Frame] = {}
         self._frame: _Frame | None = None
         for size in sizes.warm:
@@ -257,7 +275,7 @@ class StaticForward:
 
     def apply(self, plan: SchedulerOutput) -> None:
         if plan.new_reqs:
-            self._decoding = None
+            self._rows_of_last = self._decoding = None
         for index, (updates, table) in enumerate(zip(self._updates, self._states.block_tables, strict=True)):
             width = table.shape[1]
             for request in plan.new_reqs:
@@ -271,12 +289,14 @@ class StaticForward:
 
     def prepare(self, slots: I32, counts: I32, num_sampled: U8) -> InputBatch:
         states = self._states
-        decoding = (slots.tobytes(), counts.tobytes(), num_sampled.tobytes())
-        if decoding == self._decoding:
+        given, last = (slots, counts, num_sampled), self._rows_of_last
+        if last is not None and all(map(operator.is_, given, last)):
             return self._prepare_next(slots)
+        self._decoding = None
         ends = counts.cumsum(dtype=np.int64)
         num_rows, num_tokens = len(slots), int(ends[-1]) if len(slots) else 0
-        self._decoding = decoding if num_rows and counts.max() == num_sampled.min() == num_sampled.max() == 1 else None
+        decodes = num_rows and counts.max() == num_sampled.min() == num_sampled.max() == 1
+        self._rows_of_last = given if decodes else None
         num_samples = int(num_sampled.sum())
         frame = self._frame = self._frame_of(self._sizes.size(num_tokens, num_rows, num_samples))
         if (num_tokens, num_samples) != (frame.num_tokens, frame.num_samples):
@@ -313,31 +333,37 @@ class StaticForward:
         """
         frame = self._frame
         assert frame is not None and frame.batch is not None and len(self._stored) == len(slots)
-        columns, count = frame.columns, len(slots)
-        places = slots.astype(np.intp)  # numpy would convert them for each access
-        positions = self._states.num_computed[places]
-        columns["places"][:count] = self._stored
-        columns["stored"][:count] = self._stored
-        columns["stored"][count:] = -1  # the last step may have stored tokens of requests that have left since
-        columns["positions"][:count] = positions
-        np.add(positions, 1, out=columns["seq_lens"][:count], casting="unsafe")
-        for index, (table, group) in enumerate(zip(self._states.block_tables, self._groups, strict=True)):
-            mapping = columns[f"slot_mapping.{index}"][:count]
-            mapping += 1
-            begun = np.flatnonzero(positions % group.block_size == 0)
-            if len(begun):
-                blocks = table[places[begun], positions[begun] // group.block_size]
-                mapping[begun] = blocks.astype(np.int64) * group.block_size
-            columns[f"updates.{index}"][:] = -1
-            self._put_updates(index, frame)
-        self._block.write(frame.host)
+        step = self._decoding
+        if step is None:
+            step = self._decoding = _Decoding(frame, len(slots), self._states.block_tables, self._groups)
+            # The last step may have stored tokens of requests that have left since.
+            frame.columns["stored"][len(slots) :] = -1
+        step.tokens_at[:] = self._stored
+        step.stored[:] = self._stored
+        step.positions += 1
+        step.seq_lens += 1
+        has_updates = False
+        for index, group in enumerate(step.groups):
+            group.mapping += 1
+            offsets = step.positions % group.block_size
+            if not offsets.all():
+                begun = np.flatnonzero(offsets == 0)
+                blocks = group.table[slots[begun], step.positions[begun] // group.block_size]
+                group.mapping[begun] = blocks.astype(np.int64) * group.block_size
+            if group.has_updates:
+                group.updates[:] = -1
+                has_updates = True
+            group.has_updates = self._put_updates(index, frame)
+            has_updates |= group.has_updates
+        self._block.write(frame.host if has_updates else frame.often)
         return frame.batch
 
-    def _put_updates(self, index: int, frame: _Frame) -> None:
-        """Adds a group's changes to the inputs of a step, or makes them at once if they are many."""
+    def _put_updates(self, index: int, frame: _Frame) -> bool:
+        """Adds a group's changes to the inputs of a step, or makes them at once if they are many; whether there are
+        any."""
         taken = self._updates[index].take()
         if taken is None:
-            return
+            return False
         places, blocks = taken
         if len(places) <= frame.size.updates:
             frame.columns[f"updates.{index}"][: len(places)] = places
@@ -345,6 +371,7 @@ class StaticForward:
         else:
             views = self._channel.upload({"places": places, "blocks": blocks})
             prepare.scatter(self._tables[index], views["places"], views["blocks"])
+        return True
 
     def run(self, batch: InputBatch) -> Sequence[Tensor]:
         frame = self._frame
@@ -365,7 +392,9 @@ class StaticForward:
         self._copies_tokens = not sampler.keep_tokens_in(self._tokens)
 
     def store(self, rows: SampleRows, token_ids: Tensor) -> None:
-        self._stored = places_of(rows.slots, rows.positions)
+        if self._ring[0] is not rows.slots:
+            self._ring = rows.slots, rows.slots.astype(np.int64) * RECENT_TOKENS
+        self._stored = self._ring[1] + rows.positions % RECENT_TOKENS
         if len(rows) and self._copies_tokens:
             self._tokens[: len(rows)].copy_(token_ids)
 
@@ -383,15 +412,17 @@ class StaticForward:
         """Lays out the inputs of a size, and records its launches."""
         layout = _columns(size, len(self._groups), self._sizes.max_samples)
         host = np.zeros(_block_bytes(layout), np.uint8)
-        columns, views = {}, {}
+        often, columns, views = host, {}, {}
         begin = 0
         for name, column in layout.items():
+            if name == "updates.0":
+                often = host[:begin]
             end = begin + column.length * np.dtype(column.dtype).itemsize
             columns[name] = host[begin:end].view(column.dtype)
             columns[name][:] = column.padding
             views[name] = self._block.device[begin:end].view(as_dtype(columns[name]))
             begin += -(-(end - begin) // ALIGNMENT) * ALIGNMENT
-        frame = _Frame(size, host.copy(), host, columns, views)
+        frame = _Frame(size, host.copy(), host, often, columns, views)
         with recorded() as launches:
             frame.batch = self._first_launches(frame)
         bound = self._runner.bind(frame.batch.step_inputs())

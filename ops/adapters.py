@@ -55,10 +55,11 @@ class Adapter:
 class AdapterTable:
     """The adapters of one layer by number, from 1 on. Rows of a step name them by these numbers."""
 
-    def __init__(self, max_adapters: int) -> None:
+    def __init__(self, max_adapters: int, device: torch.device | None = None) -> None:
+        """``device``: where kernels look addresses up; default: the host."""
         self.adapters: list[Adapter | PackedAdapter | None] = [None] * (max_adapters + 1)
         """None: there is none, or it leaves the layer alone."""
-        self.addresses = torch.zeros(max_adapters + 1, dtype=torch.int64)
+        self.addresses = torch.zeros(max_adapters + 1, dtype=torch.int64, device=device)
         """Where the kernels find each; 0: as None. The tensor itself never moves."""
 
     def put(self, number: int, adapter: Adapter | PackedAdapter | None) -> None:

@@ -4,12 +4,19 @@ One line for each kernel, configuration and target; exits with 1 if any fails. A
 uses more of them, or more shared memory, than the target has; if it loads from memory in too small pieces; if a product
 misses the target's instruction for tiles; if products and sums are fused where the bits of the reference are promised;
 or if tiles that may replace each other add in different orders.
+
+What was found out about a kernel is kept (``--kept``) and looked up until its source or the compiler changes, so a run
+that was interrupted goes on where it ended.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import hashlib
+import importlib
+import inspect
 import io
 import json
 import os
@@ -40,6 +47,9 @@ INSTRUCTIONS = {
     "gfx942": r"v_mfma_\w+",
 }
 """The instruction for products of tiles, by architecture."""
+KEPT = Path(os.environ.get("OCTAVO_CACHE_DIR") or Path.home() / ".cache" / "octavo") / "check_kernels"
+FOUND = ("registers", "spills", "stack", "shared", "instruction", "has_mma_sync", "fused", "min_load", "fingerprint")
+"""What is kept of a kernel: fields of ``Line``."""
 REGISTERS = Path(__file__).with_name("kernel_registers.json")
 """Registers of each kernel when it was last looked at; a tenth more is a failure."""
 
@@ -57,6 +67,9 @@ class Line:
     shared: int = 0
     max_shared: int = 0
     instruction: str = ""
+    has_mma_sync: bool = False
+    fused: int = 0
+    """Products that are fused with sums."""
     min_load: int = 0
     fingerprint: str = ""
     family: str = ""
@@ -93,6 +106,63 @@ def compiled(launch: Any) -> tuple[Any, str]:
     with contextlib.redirect_stdout(said):
         kernel = triton.compile(source, target=goal, options=launch.options)
     return kernel, said.getvalue()
+
+
+@functools.cache
+def sources() -> str:
+    """What decides about all kernels alike. Hashes the source of each, wherever it is in its file."""
+    import triton
+
+    from ops.triton import catalog
+
+    for name in catalog.MODULES:
+        importlib.import_module(f"ops.triton.{name}")
+    modules = [module for name, module in sys.modules.items() if name.startswith("ops.triton.")]
+    functions = [each for module in modules for each in vars(module).values() if isinstance(each, triton.JITFunction)]
+    lines = [each.starting_line_number for each in functions]
+    for each in functions:
+        each.starting_line_number = 0
+    for each in functions:
+        _ = each.cache_key  # computed once
+    for each, line in zip(functions, lines, strict=True):
+        each.starting_line_number = line
+    own = (compiled, measure, measure_nvidia, measure_amd, fingerprint, _size_of, _short)
+    return f"{triton.__version__} {''.join(inspect.getsource(each) for each in own)}"
+
+
+def key_of(launch: Any) -> str:
+    """Identifies a kernel and how it is compiled."""
+    from ops.triton.catalog import signature
+
+    parts = (sources(), launch.kernel.cache_key, signature(launch), launch.target, sorted(launch.options.items()))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def measure(line: Line, launch: Any, kept: Path) -> None:
+    """Compiles a launch's kernel and measures it, if it is not known."""
+    file = kept / f"{key_of(launch)}.json"
+    if file.exists():
+        for name, value in json.loads(file.read_text()).items():
+            setattr(line, name, value)
+        return
+    kernel, said = compiled(launch)
+    line.shared = kernel.metadata.shared
+    target = launch.target
+    if target.backend == "cuda":
+        measure_nvidia(line, kernel, said)
+    else:
+        measure_amd(line, kernel)
+    listing = kernel.asm["amdgcn"] if target.backend == "hip" else kernel.asm["ptx"]
+    found = sorted(set(re.findall(INSTRUCTIONS[target.arch], listing)), key=_size_of)
+    line.instruction = _short(found[0]) if found else ""
+    line.has_mma_sync = "mma.sync" in listing
+    line.fused = len(re.findall(r"\bfma\.r\w+\.f32", listing))
+    line.fingerprint = fingerprint(kernel)
+    if not line.failures:
+        kept.mkdir(parents=True, exist_ok=True)
+        new = file.with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps({name: getattr(line, name) for name in FOUND}))
+        new.rename(file)
 
 
 def measure_nvidia(line: Line, kernel: Any, said: str) -> None:
@@ -134,26 +204,22 @@ def measure_amd(line: Line, kernel: Any) -> None:
     line.min_load = min((bytes_of[each] for each in loads if each in bytes_of), default=0)
 
 
-def check(line: Line, case: Any, kernel: Any, target: Any) -> None:
+def check(line: Line, case: Any, target: Any) -> None:
     """Compares what was measured with the limits."""
-    listing = kernel.asm["amdgcn"] if target.backend == "hip" else kernel.asm["ptx"]
-    found = sorted(set(re.findall(INSTRUCTIONS[target.arch], listing)), key=_size_of)
-    line.instruction = _short(found[0]) if found else ""
     if line.spills or (target.backend == "hip" and line.stack):
         line.failures.append("spills registers")
     if line.registers > target.max_registers:
         line.failures.append(f"more than {target.max_registers} registers")
     if line.shared > line.max_shared:
         line.failures.append("too much shared memory")
-    if case.needs_tensor_cores and not found:
+    if case.needs_tensor_cores and not line.instruction:
         line.failures.append("no tensor core instruction")
-    if target.has_wgmma and case.needs_tensor_cores and "mma.sync" in listing:
+    if target.has_wgmma and case.needs_tensor_cores and line.has_mma_sync:
         line.failures.append("mma.sync instead of the instruction for warp groups")
     if line.min_load and line.min_load < case.min_load:
         line.failures.append(f"loads {line.min_load} bytes at a time")
-    fused = re.findall(r"\bfma\.r\w+\.f32", listing)
-    if case.is_exact and target.backend == "cuda" and fused:
-        line.failures.append(f"{len(fused)} fused multiply-adds")
+    if case.is_exact and target.backend == "cuda" and line.fused:
+        line.failures.append(f"{line.fused} fused multiply-adds")
 
 
 def _size_of(instruction: str) -> int:
@@ -181,7 +247,7 @@ def fingerprint(kernel: Any) -> str:
     return ", ".join(sorted(parts))
 
 
-def examine(index: int, target_name: str) -> list[Line]:
+def examine(index: int, target_name: str, kept: Path) -> list[Line]:
     """Compiles and checks a case for a target."""
     from ops.triton import catalog
     from ops.triton.configs import TARGETS
@@ -194,14 +260,8 @@ def examine(index: int, target_name: str) -> list[Line]:
         line = Line(name, case.config, target_name, max_shared=target.max_shared, family=case.family)
         start = time.monotonic()
         try:
-            kernel, said = compiled(launch)
-            line.shared = kernel.metadata.shared
-            if target.backend == "cuda":
-                measure_nvidia(line, kernel, said)
-            else:
-                measure_amd(line, kernel)
-            line.fingerprint = fingerprint(kernel)
-            check(line, case, kernel, target)
+            measure(line, launch, kept)
+            check(line, case, target)
         except Exception as error:  # whatever a compiler raises, the other kernels are compiled
             line.failures.append(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         line.seconds = time.monotonic() - start
@@ -253,6 +313,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count(), help="processes that compile; default: one per core"
     )
+    parser.add_argument("--kept", type=Path, metavar="FOLDER", default=KEPT, help=f"what is known; default: {KEPT}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there as well")
     parser.add_argument("--keep-registers", action="store_true", help=f"note the registers in {REGISTERS.name}")
     return parser.parse_args()
@@ -267,7 +328,7 @@ def main() -> int:
     print(COLUMNS)
     with ProcessPoolExecutor(options.jobs) as pool:
         work = list(selected(options.kernels, options.targets))
-        futures = [pool.submit(examine, index, target) for index, target in work]
+        futures = [pool.submit(examine, index, target, options.kept) for index, target in work]
         for future in futures:
             found = future.result()
             lines += found

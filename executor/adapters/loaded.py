@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+import ops
 from executor.adapter_files import read_adapter_files, with_scale
 from executor.adapters.experts import of_each_expert
 from executor.adapters.gguf import read_gguf_adapter
@@ -27,7 +28,7 @@ from executor.messages import LoRARequest
 from executor.models.registry import split_architecture
 from ops.cpu import memory
 
-KERNELS = ("cpu", "reference")
+KERNELS = ("cpu", "reference", "triton")
 """Op sets that compute with adapters."""
 
 
@@ -47,7 +48,8 @@ def check_adapters(config: LoRAConfig, loaded: LoadedModel, world_size: int, op_
         return
     if op_set not in KERNELS:
         raise ModelError(
-            "--enable-lora: only CPUs compute with adapters yet; use --device cpu, or merge the adapter into the model"
+            f"--enable-lora: kernels of the device ({op_set}) do not compute with adapters; use --device cpu, or merge "
+            "the adapter into the model"
         )
     if world_size > 1:
         raise ModelError("--enable-lora: adapters on several ranks are not supported yet; use one")
@@ -131,7 +133,10 @@ class LoadedAdapters:
         if adapter.scale != 1.0:
             config = _scaled(config, adapter.scale, modules)
         memory.adapters.renew()
-        changes = self._changes(config, modules)
+        try:
+            changes = self._changes(config, modules)
+        except NotImplementedError as error:
+            raise ModelError(f"{config.source}: {error}") from error
         if number:
             for change in changes:
                 change.put(number)
@@ -171,6 +176,8 @@ class LoadedAdapters:
                 has_tied = "vectors" in tensors.stored and table.layer.weights.adapters is not None
                 if is_output or has_tied:
                     outputs.setdefault(id(table.layer), (table, []))[1].append(tensors)
+                if not is_output and ops.op_set(table.layer.shape.device.type).name == "triton":
+                    raise ModelError(f"{config.source}: GPUs do not look tokens up ({shorten(name)}) with adapters yet")
                 if not is_output:
                     changes.append(table_change(table, tensors, config))
         changes += [linear_change(parts, config) for parts in merged.values()]

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 import ops
-from executor.messages import KVCacheGroupSpec
+from executor.messages import I32, KVCacheGroupSpec
 from executor.registry import resolve
 from ops import AttentionMetadata, AttentionShape, KVLayout
 
@@ -30,6 +30,8 @@ class AttentionBackend(Protocol):
     block_size_multiple: int
     kv_layout: str
     """Layout of a block. Caches of different layouts are incompatible."""
+    needs_rows: bool
+    """Whether ``plan`` reads ``AttentionStep.rows``: steps cannot be graphs."""
 
     def supports(self, shape: AttentionShape, dtype: torch.dtype) -> str | None:
         """The reason why this backend cannot run such a layer, or None if it can."""
@@ -97,14 +99,26 @@ class AttentionGroup:
             layout=self.backend.kv_layout,
         )
 
-    def plan(self, columns: AttentionMetadata) -> AttentionMetadata:
+    def plan(self, columns: AttentionMetadata, rows: HostRows | None = None) -> AttentionMetadata:
         """A step's metadata for the group's layers."""
-        return self.backend.plan(AttentionStep(self, columns))
+        return self.backend.plan(AttentionStep(self, columns, rows))
 
 
 def cached_specs(groups: Sequence[AttentionGroup]) -> tuple[KVCacheGroupSpec, ...]:
     """Descriptions of the groups that have a KV cache, for the engine core."""
     return tuple(group.spec for group in groups if group.is_cached)
+
+
+@dataclass(frozen=True)
+class HostRows:
+    """What the host knows of a step's requests."""
+
+    counts: I32
+    """int32 [requests]: tokens to compute."""
+    seq_lens: I32
+    """int32 [requests]: length of the context, this step's tokens included."""
+    block_table: I32
+    """int32 [requests, max_blocks]."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +128,15 @@ class AttentionStep:
     group: AttentionGroup
     columns: AttentionMetadata
     """The requests of the step, and their blocks in this group."""
+    rows: HostRows | None = None
+    """The same on the host. None: it does not say; memory is planned, or a graph is recorded."""
 
 
 class OpsAttention:
     """Base of backends that run ``ops.paged_attention`` and ``ops.latent_attention`` on a cache in their own layout."""
 
     kv_layout: KVLayout
+    needs_rows = False
 
     def plan(self, step: AttentionStep) -> AttentionMetadata:
         return step.columns
@@ -167,11 +184,16 @@ def unsupported_kind(shape: AttentionShape) -> str | None:
 
 REGISTRY = {
     "cpu": "executor.attention.cpu:CpuAttention",
+    "flash_attn": "executor.attention.libraries:FlashAttention",
+    "flashinfer": "executor.attention.libraries:FlashInferAttention",
     "recurrent": "executor.attention.recurrent:RecurrentStates",
     "reference": "executor.attention.reference:ReferenceAttention",
+    "sdpa": "executor.attention.libraries:SdpaAttention",
     "short_conv": "executor.attention.short_conv:ShortConvCache",
     "triton": "executor.attention.triton:TritonAttention",
 }
+REFUSED = {"aiter": "aiter is not supported; on AMD GPUs use triton or sdpa"}
+"""Backends that users of other servers know."""
 PREFERENCE = {"cpu": ["cpu", "reference"], "triton": ["triton"]}
 """Backends of each op set, best first. Other op sets use the reference."""
 OTHER_KINDS = ["recurrent", "short_conv"]
@@ -186,6 +208,8 @@ def choose_backends(
     Raises:
         ValueError: No backend supports a layer; the message says why each was rejected.
     """
+    if name in REFUSED:
+        raise ValueError(f"--attention-backend {name}: {REFUSED[name]}")
 
     def resolved(names: Sequence[str]) -> list[AttentionBackend]:
         return [resolve(REGISTRY, each, "attention backend")() for each in names]

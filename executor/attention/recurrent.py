@@ -24,6 +24,7 @@ class RecurrentStates:
     block_size = 256
     block_size_multiple = 1
     kv_layout = STATES_LAYOUT
+    needs_rows = False
 
     def supports(self, shape: AttentionShape, dtype: torch.dtype) -> str | None:
         return None if shape.kind in RECURRENT_KINDS else f"layers of kind {shape.kind!r} are not supported"

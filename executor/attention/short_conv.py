@@ -19,6 +19,7 @@ class ShortConvCache:
     block_size = 32
     block_size_multiple = 1
     kv_layout = "rows"
+    needs_rows = False
 
     def supports(self, shape: AttentionShape, dtype: torch.dtype) -> str | None:
         return None if shape.kind == SHORT_CONV else f"layers of kind {shape.kind!r} are not supported"

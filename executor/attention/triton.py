@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from executor.attention.base import LATENT, AttentionStep, OpsAttention, unsupported_kind
-from ops import AttentionMetadata, AttentionShape
+from ops import AttentionMetadata, AttentionShape, stored_size
 from ops.dispatch import is_used
 from ops.triton import latent
 from ops.triton.attention import planned, unsupported, unsupported_cache
@@ -29,8 +29,6 @@ class TritonAttention(OpsAttention):
             return "this device does not run Triton's kernels"
         if shape.kind == LATENT:
             return latent.unsupported(shape, dtype)
-        if not shape.is_cached:
-            return "layers without a KV cache (encoders) are not supported yet"
         return unsupported_kind(shape) or unsupported(shape, dtype)
 
     def kv_shape(
@@ -41,14 +39,15 @@ class TritonAttention(OpsAttention):
         Raises:
             ValueError: The kernels do not read a cache of this dtype.
         """
-        reason = unsupported_cache(dtype, self._dtype)
+        reason = unsupported_cache(dtype, self._dtype, shape)
         if reason is not None:
             raise ValueError(f"--kv-cache-dtype: {reason}")
         if shape.kind == LATENT:
             if dtype != self._dtype:
                 raise ValueError("--kv-cache-dtype: GPUs keep latents in the type of the activations; use auto")
             return ((num_blocks, 1, block_size, shape.head_dim),)
-        return tuple((num_blocks, shape.num_kv_heads, block_size, dim) for dim in (shape.head_dim, shape.v_dim))
+        sizes = (stored_size(dim, dtype) for dim in (shape.head_dim, shape.v_dim))
+        return tuple((num_blocks, shape.num_kv_heads, block_size, size) for size in sizes)
 
     def plan(self, step: AttentionStep) -> AttentionMetadata:
         """Makes the step's work list on the device."""

@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,8 @@ LARGEST_GAP = 4096
 """Bytes between results that are copied along rather than skipped."""
 KEPT_RESULTS = 64 << 10
 """Bytes of results up to which the way to the host is kept, and with it their memory."""
+MOST_PARTS = 64
+"""Parts of a pinned buffer that are kept."""
 LARGE_COPY = 256 << 10
 """Bytes from which a copy gets a stream of its own: it need not wait for the step before."""
 
@@ -126,7 +129,14 @@ class CudaDevice:
     def allocate_kv(self, shape: tuple[int, ...], dtype: torch.dtype, memory: Tensor | None = None) -> Tensor:
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
         if memory is None:
-            memory = torch.zeros(num_bytes, dtype=torch.uint8, device=self.torch_device)
+            try:
+                memory = torch.zeros(num_bytes, dtype=torch.uint8, device=self.torch_device)
+            except torch.OutOfMemoryError as error:
+                free = torch.cuda.mem_get_info()[0]
+                raise ModelError(
+                    f"--gpu-memory-utilization: {num_bytes / 2**30:.3g} GiB of the KV cache were planned, but only "
+                    f"{free / 2**30:.3g} GiB are free now: other processes use this GPU; stop them, or lower the option"
+                ) from error
         elif len(memory) < num_bytes:
             raise ValueError(f"a KV cache of {num_bytes} bytes does not fit into {len(memory)} bytes of memory")
         return memory[:num_bytes].view(dtype).view(shape)
@@ -206,7 +216,7 @@ class CudaBlock:
     def write(self, data: npt.NDArray[np.uint8]) -> None:
         assert not self._current, "a step writes a block once"
         self._steps.begin()
-        buffer = self._free.pop() if self._free else _new_buffer(len(self.device), self.device)
+        buffer = self._free.pop() if self._free else _new_buffer(self.device.nbytes, self.device)
         assert isinstance(buffer, _PinnedBuffer)
         self._current.append(buffer)
         size = len(data)
@@ -263,7 +273,7 @@ class CudaSteps:
         """That of the last results."""
         self.graphs = CudaGraphs(self)
         self._copies = torch.cuda.Stream()
-        self._outputs: list[Tensor] = []
+        self._outputs: list[_Output] = []
         """Pinned buffers for results, free ones."""
         self._begin: torch.cuda.Event | None = None
         """When the device began with the current step."""
@@ -307,14 +317,14 @@ class CudaSteps:
         self._launched.put(results)
         return results
 
-    def take_output(self, num_bytes: int) -> Tensor:
+    def take_output(self, num_bytes: int) -> _Output:
         """A pinned buffer for results."""
         for index, buffer in enumerate(self._outputs):
-            if num_bytes <= len(buffer):
+            if num_bytes <= len(buffer.host):
                 return self._outputs.pop(index)
-        return pinned(max(num_bytes, 64 << 10))
+        return _Output(pinned(max(num_bytes, 64 << 10)))
 
-    def give_back(self, output: Tensor) -> None:
+    def give_back(self, output: _Output) -> None:
         """Returns a buffer whose results are collected."""
         self._outputs.append(output)
 
@@ -343,16 +353,16 @@ class CudaResults:
         self._begin = begin
         self._taken = taken
         self._end = torch.cuda.Event(enable_timing=True, blocking=True)
-        self._output = torch.empty(0)
-        self._places: Sequence[tuple[int, Tensor]] = ()
+        self._output: _Output | None = None
+        self._places: Sequence[_Place] = ()
         self._has_arrived = False
         self._error: Exception | None = None
 
     def start(self, route: _Route) -> None:
         """Launches the copies."""
-        self._output = self._steps.take_output(route.num_bytes)
+        self._output = output = self._steps.take_output(route.num_bytes)
         for begin, end, memory in route.copies:
-            self._output[begin:end].copy_(memory, non_blocking=True)
+            output.part(begin, end).copy_(memory, non_blocking=True)
         self._places = route.places
         self._end.record()
 
@@ -371,11 +381,10 @@ class CudaResults:
         self._steps.acknowledge()
         if self._error is not None:
             raise self._error
-        arrays = []
-        for begin, tensor in self._places:
-            memory = self._output[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            arrays.append(memory.numpy().copy())
-        self._steps.give_back(self._output)
+        output = self._output
+        assert output is not None
+        arrays = [output.host[begin:end].view(dtype).reshape(shape).copy() for begin, end, dtype, shape in self._places]
+        self._steps.give_back(output)
         for pool, buffers in self._taken:
             pool.give_back(buffers)
         return arrays
@@ -383,6 +392,28 @@ class CudaResults:
     @property
     def device_ms(self) -> float:
         return float(self._begin.elapsed_time(self._end)) if self._error is None else 0.0
+
+
+class _Output:
+    """A pinned buffer for results."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.host = memory.numpy()
+        self._memory = memory
+        self._parts: dict[tuple[int, int], Tensor] = {}
+
+    def part(self, begin: int, end: int) -> Tensor:
+        """Some of its bytes. Few parts are ever asked for."""
+        found = self._parts.get((begin, end))
+        if found is None:
+            if len(self._parts) == MOST_PARTS:
+                self._parts.clear()
+            found = self._parts[begin, end] = self._memory[begin:end]
+        return found
+
+
+_Place = tuple[int, int, np.dtype[Any], tuple[int, ...]]
+"""Where a result lies in a buffer: first byte and end, and its dtype and shape."""
 
 
 class _Route:
@@ -401,12 +432,18 @@ class _Route:
         places: dict[int, int] = {}
         for begin, (_, members) in zip(begins, stretches, strict=False):
             places |= {index: begin + inner for index, inner in members.items()}
-        self.places = [(places[index], tensor) for index, tensor in enumerate(tensors)]
-        """Where each tensor begins."""
+        self.places: list[_Place] = [
+            (places[index], places[index] + tensor.nbytes, _numpy_dtype(tensor), tuple(tensor.shape))
+            for index, tensor in enumerate(tensors)
+        ]
 
     def suits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the same tensors, and what was made of them still holds."""
         return self._is_dense and len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
+
+
+def _numpy_dtype(tensor: Tensor) -> np.dtype[Any]:
+    return torch.empty(0, dtype=tensor.dtype).numpy().dtype
 
 
 def joined(tensors: Sequence[Tensor]) -> list[tuple[Tensor, dict[int, int]]]:

@@ -96,7 +96,7 @@ class Attention(nn.Module):
         self.kv_dtype = (context.kv_dtype if is_coded else None) or context.dtype
         if shape.kind in RECURRENT_KINDS:
             self.kv_dtype = torch.float32
-        is_used = shape.kind == "kv" and self.kv_dtype == torch.float8_e4m3fn and context.device.type == "cpu"
+        is_used = shape.kind == "kv" and self.kv_dtype == torch.float8_e4m3fn
         self.scales = CacheScales() if is_used and context.quantization.has_cache_scales else None
 
     def loaded(self) -> None:

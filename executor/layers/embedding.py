@@ -52,7 +52,9 @@ class VocabParallelEmbedding(nn.Module):
             raise ValueError(f"{prefix}: {error}") from error
         if context.max_adapters:
             self.weights.table_adapters = {}
-            self.weights.adapters = AdapterTable(context.max_adapters) if self.shape.makes_logits else None
+            self.weights.adapters = (
+                AdapterTable(context.max_adapters, context.device) if self.shape.makes_logits else None
+            )
 
     def forward(self, ids: Tensor, batch: InputBatch) -> Tensor:
         """``ids`` [num_tokens] -> [num_tokens, embedding_dim]."""

@@ -54,7 +54,7 @@ class LinearLayer(nn.Module):
         except ValueError as error:
             raise ValueError(f"{prefix}: {error}") from error
         if context.max_adapters:
-            self.weights.adapters = AdapterTable(context.max_adapters)
+            self.weights.adapters = AdapterTable(context.max_adapters, context.device)
 
     def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
         """``x`` [num_tokens, in_features] -> [num_tokens, out_features]."""

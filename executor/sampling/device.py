@@ -55,6 +55,8 @@ class DeviceSampler:
         self._plain: PlainSteps | None = None
         self._asks_more = np.zeros(max_num_seqs, np.bool_)
         """Whether a slot's request asks for more than filters."""
+        self._plain_slots: I32 | None = None
+        """Slots of which none does."""
 
     def add(self, slot: int, params: ResolvedParams) -> None:
         row = self._filters[slot]
@@ -69,6 +71,7 @@ class DeviceSampler:
         self._allowed.pop(slot, None)
         self._edits.add(slot, params)
         self._asks_more[slot] = self._reports[slot] or self._restricts[slot] or self._edits.has(slot)
+        self._plain_slots = None
         if self._plain is not None:
             self._plain.changed()
 
@@ -82,7 +85,7 @@ class DeviceSampler:
     ) -> Sampled:
         slots = rows.slots
         is_plain = mask is None and raw_logits is logits and rows.offsets is None and len(rows) > 0
-        if self._plain is not None and is_plain and not self._asks_more[slots].any():
+        if self._plain is not None and is_plain and self._are_plain(slots):
             tokens, status = self._plain.sample(logits, rows, states)
             return Sampled(tokens, sampler_output(tokens, status, rows, _NONE, None))
         wanted = np.flatnonzero(self._reports[slots])
@@ -115,6 +118,12 @@ class DeviceSampler:
         )
         reports = self._report(raw, tokens, rows, wanted, views["wanted"]) if len(wanted) else None
         return Sampled(tokens, sampler_output(tokens, status, rows, wanted, reports))
+
+    def _are_plain(self, slots: I32) -> bool:
+        """Whether no request of these slots asks for more than filters."""
+        if slots is not self._plain_slots and not self._asks_more[slots].any():
+            self._plain_slots = slots
+        return slots is self._plain_slots
 
     def _out(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Memory for tokens and status of a step, one behind the other: they come back in one copy."""

@@ -1,7 +1,7 @@
 """Sampling of steps whose rows ask for nothing but filters, with the fewest calls: most steps of most servers.
 
 What the launch reads stays at the same addresses, and goes up in one copy. While the same requests are sampled, the
-host computes nothing but the indices of their tokens.
+device counts on by itself, and the host computes and uploads nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from executor.deferred import Array
 from executor.device.steps import ALIGNMENT, Graphs, as_dtype
+from executor.messages import I32
 from executor.request_states import RequestStates
 from executor.sampling.base import SampleRows
 from ops.triton.launch import Launch, recorded, submit
@@ -45,15 +46,15 @@ class PlainSteps:
         self._filters = filter_bytes.view(np.int32).reshape(-1, 4)
         self._seeds = seed_bytes.view(np.int64)
         self._counters = self._host[24 * rows : 32 * rows].view(np.int64)
-        self._key = b""
-        """The slots whose filters and seeds the host's memory has."""
-        self._num_prompt = np.zeros(0, np.int64)
-        """Of their requests."""
+        self._slots: I32 | None = None
+        """Those whose filters and seeds the device has."""
+        self._next = 0
+        """Position of the first one's token in a step for which the device has counted on."""
         self._kept: dict[tuple[int, int], tuple[Tensor, Sequence[Launch], tuple[Tensor, Tensor]]] = {}
 
     def changed(self) -> None:
         """A request has entered a slot."""
-        self._key = b""
+        self._slots = None
 
     def sample(self, logits: Tensor, rows: SampleRows, states: RequestStates) -> tuple[Tensor, Tensor]:
         """Launches a step's sampling; see ``ops.triton.sample.sample_rows``.
@@ -64,14 +65,14 @@ class PlainSteps:
             states: Of all requests.
         """
         slots, count = rows.slots, len(rows)
-        key = slots.tobytes()
-        if key != self._key:
+        position = int(rows.positions[0])
+        if slots is not self._slots or position != self._next:
             self._filters[:count] = self._all_filters[slots]
             self._seeds[:count] = self._all_seeds[slots]
-            self._num_prompt = states.num_prompt[slots]
-            self._key = key
-        np.subtract(rows.positions, self._num_prompt, out=self._counters[:count])
-        self._block.write(self._host)
+            np.subtract(rows.positions, states.num_prompt[slots], out=self._counters[:count])
+            self._block.write(self._host)
+            self._slots = slots
+        self._next = position + 1
         found = self._kept.get((id(logits), count))
         if found is None:
             found = self._new(logits, count)
@@ -91,7 +92,7 @@ class PlainSteps:
             sample_rows(
                 logits,
                 Filters(numbers[:, 0], table[:, 1], numbers[:, 2], numbers[:, 3]),
-                Randomness(seeds, counters),
+                Randomness(seeds, counters, counts_on=True),
                 out=out,
             )
         if len(self._kept) == MOST_LAUNCHES:

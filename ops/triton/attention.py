@@ -24,10 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops.metadata import KV_CODES, AttentionMetadata, AttentionShape, KVLayout
+from ops.metadata import KV_CODES, AttentionMetadata, AttentionShape, KVLayout, stored_size
+from ops.triton import library
 from ops.triton.catalog import Case, meta
 from ops.triton.configs import TARGETS, Config, power_of_two
-from ops.triton.kv_cache import write_kv
+from ops.triton.kv_cache import scales_of, write_kv
 from ops.triton.launch import launch, result, row_stride, scratch, target
 
 PART = 512
@@ -102,16 +103,19 @@ def unsupported(shape: AttentionShape, dtype: torch.dtype) -> str | None:
     return None
 
 
-def unsupported_cache(kv_dtype: torch.dtype, dtype: torch.dtype) -> str | None:
+def unsupported_cache(kv_dtype: torch.dtype, dtype: torch.dtype, shape: AttentionShape) -> str | None:
     """The reason why the kernels have no cache of a type for activations in ``dtype``, or None if they have."""
     if kv_dtype not in KV_CODES:
-        return None if kv_dtype == dtype else "GPUs keep K and V in the type of the activations, or in fp8"
-    if kv_dtype == torch.int8:
-        return "GPUs do not run a KV cache in int8 yet; use fp8"
+        return None if kv_dtype == dtype else "GPUs keep K and V in the type of the activations, or in 8 bits"
     if dtype == torch.float32:
-        return "GPUs do not run a KV cache in fp8 with --dtype float32; use bfloat16"
+        return "GPUs do not run a KV cache in 8 bits with --dtype float32; use bfloat16"
+    if kv_dtype == torch.int8:
+        is_wide = max(shape.head_dim, shape.v_dim) > 128 and target().backend == "hip"
+        return (
+            "AMD GPUs do not run a KV cache in int8 with heads of more than 128 numbers; use auto" if is_wide else None
+        )
     if target().backend == "hip":
-        return "AMD GPUs do not run a KV cache in 8 bits yet; use auto"
+        return "AMD GPUs do not run a KV cache in fp8 yet; use int8"
     if kv_dtype == torch.float8_e4m3fn and target().capability < 89:
         return "fp8_e4m3 needs a GPU of compute capability 8.9; use fp8_e5m2"
     return None
@@ -296,23 +300,34 @@ def _merged(total_max, total_units, total, part_max, part_units, part):
 
 @triton.jit
 def _step_of_part(
-    products, v, largest, units, sums, position, token, slopes, end, scale, cap,
+    products, v, k_scales, v_scales, largest, units, sums, position, token, slopes, biases, reach, end, scale, cap,
     WINDOW: tl.constexpr, CAUSAL: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    HAS_BIASES: tl.constexpr, HAS_SCALES: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: adds the tokens ``token`` with their products of q and k, and their ``v``, to
     the sums of a part."""
-    scores = products * scale
+    scores = products
+    if HAS_SCALES:
+        scores = scores * k_scales[None, :]
+    scores = scores * scale
     if HAS_CAP:
         scores = cap - 2.0 * cap / (tl.exp2(scores) + 1.0)
     distance = position[:, None] - token[None, :]
     if HAS_SLOPES:
         scores = scores - slopes[:, None] * distance.to(tl.float32)
+    if HAS_BIASES:
+        # No place is beyond the row of a head; what tokens that nobody sees get does not matter.
+        place = tl.minimum(tl.maximum(reach - distance, 0), 2 * reach - 1)
+        scores = scores + tl.load(biases[:, None] + place) * 1.4426950408889634
     if CAUSAL:
         is_visible = distance >= 0
         if WINDOW > 0:
             is_visible = is_visible & (distance < WINDOW)
     else:
         is_visible = (token < end)[None, :]
+        if WINDOW > 0:  # in one comparison: masks take registers
+            near = position[:, None] - tl.where(token < end, token, 1 << 30)[None, :] + (WINDOW - 1)
+            is_visible = near.to(tl.uint32, bitcast=True) < 2 * WINDOW - 1
     scores = tl.where(is_visible, scores, _MINUS_INFINITY)
     before = largest
     largest = tl.maximum(before, tl.max(scores, 1))
@@ -322,16 +337,23 @@ def _step_of_part(
     # In the bits of float32 between 2 and 3, weights are integers.
     counted = (weights + 2.0).to(tl.int32, bitcast=True) - 0x40000000
     units = units * factor + tl.sum(counted, 1).to(tl.float32)
+    if HAS_SCALES:
+        if v.dtype == tl.float16:  # small weights times small scales would leave its range
+            v = (v.to(tl.float32) * v_scales[:, None]).to(tl.float16)
+        else:
+            weights = weights * v_scales[None, :]
     sums = tl.dot(weights.to(v.dtype), v, sums * factor[:, None], input_precision="ieee")
     return largest, units, sums
 
 
 @triton.jit
 def _attend(
-    q, k_ptr, v_ptr, table, head, position, slopes, begin, end, first_part, last_part, scale, cap,
+    q, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, table, head, position, slopes, biases, reach, begin, end, first_part,
+    last_part, scale, cap,
     KV_HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, K_TILE: tl.constexpr, V_TILE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_SLOPES: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    HAS_SLOPES: tl.constexpr, HAS_BIASES: tl.constexpr, HAS_SCALES: tl.constexpr, PART: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The sums of some parts of a context, of which the tokens from ``begin`` to ``end`` are visible to the tile."""
     total_max = tl.full([ROWS], _MINUS_INFINITY, tl.float32)
@@ -348,14 +370,25 @@ def _attend(
             # In place of tokens that nobody sees, one that is there is read: memory without an owner may hold NaN.
             known = tl.minimum(tl.maximum(token, begin), end - 1)
             block = tl.load(table + known // BLOCK_SIZE).to(tl.int64)
-            slot = (block * KV_HEADS + head) * BLOCK_SIZE + known % BLOCK_SIZE
+            part_of_head = (block * KV_HEADS + head) * BLOCK_SIZE
+            inner = known % BLOCK_SIZE
             # Numbers of a cache in 8 bits are exact in the type of the queries.
-            k = _load_rows(k_ptr, slot * K_DIM, K_DIM, K_TILE).to(q.dtype)
-            v = _load_rows(v_ptr, slot * V_DIM, V_DIM, V_TILE).to(q.dtype)
+            if HAS_SCALES:  # the scales of a head's part of a block follow its codes
+                k = _load_rows(k_ptr, part_of_head * (K_DIM + 2) + inner * K_DIM, K_DIM, K_TILE).to(q.dtype)
+                v = _load_rows(v_ptr, part_of_head * (V_DIM + 2) + inner * V_DIM, V_DIM, V_TILE).to(q.dtype)
+                k_at = part_of_head * (K_DIM // 2 + 1) + BLOCK_SIZE * K_DIM // 2 + inner
+                v_at = part_of_head * (V_DIM // 2 + 1) + BLOCK_SIZE * V_DIM // 2 + inner
+                k_scales = tl.load(k_scales_ptr + k_at).to(tl.float32)
+                v_scales = tl.load(v_scales_ptr + v_at).to(tl.float32)
+            else:
+                k = _load_rows(k_ptr, (part_of_head + inner) * K_DIM, K_DIM, K_TILE).to(q.dtype)
+                v = _load_rows(v_ptr, (part_of_head + inner) * V_DIM, V_DIM, V_TILE).to(q.dtype)
+                k_scales = known
+                v_scales = known
             products = tl.dot(q, tl.trans(k), input_precision="ieee")
             largest, units, sums = _step_of_part(
-                products, v, largest, units, sums, position, token, slopes, end, scale, cap,
-                WINDOW, CAUSAL, HAS_CAP, HAS_SLOPES,
+                products, v, k_scales, v_scales, largest, units, sums, position, token, slopes, biases, reach, end,
+                scale, cap, WINDOW, CAUSAL, HAS_CAP, HAS_SLOPES, HAS_BIASES, HAS_SCALES,
             )  # fmt: skip
         total_max, total_units, total = _merged(total_max, total_units, total, largest, units, sums)
     return total_max, total_units, total
@@ -410,15 +443,18 @@ def _complete(
 
 @triton.jit
 def _finish(
-    out, total_max, units, total, sinks, is_real, HAS_SINKS: tl.constexpr, V_DIM: tl.constexpr, V_TILE: tl.constexpr
-):
+    out, total_max, units, total, sinks, is_real, out_scale,
+    HAS_SINKS: tl.constexpr, MAY_SEE_NOTHING: tl.constexpr, V_DIM: tl.constexpr, V_TILE: tl.constexpr,
+):  # fmt: skip
     """Divides by the sum of weights and stores a tile of results at ``out`` [rows]."""
     if HAS_SINKS:
         largest = tl.maximum(total_max, sinks)
         factor = tl.exp2(total_max - largest)
         units = units * factor + tl.exp2(sinks - largest) * _UNITS
         total = total * factor[:, None]
-    factor = 4194304.0 / units
+    if MAY_SEE_NOTHING:
+        units = tl.where(units == 0.0, 1.0, units)
+    factor = 4194304.0 / units * out_scale
     # Adding zero makes the sign of zeros independent of how many empty parts were merged.
     total = total * factor[:, None] + 0.0
     dim = tl.arange(0, V_TILE)
@@ -428,8 +464,9 @@ def _finish(
 
 @triton.jit
 def attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, items_ptr, count_ptr, starts_ptr, lengths_ptr, table_ptr, sinks_ptr, slopes_ptr,
-    partial_ptr, state_ptr, arrivals_ptr, q_stride, out_stride, table_stride, scale, cap,
+    q_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, out_ptr, items_ptr, count_ptr, starts_ptr, lengths_ptr, table_ptr,
+    sinks_ptr, slopes_ptr, biases_ptr, partial_ptr, state_ptr, arrivals_ptr, reach, q_stride, out_stride, table_stride,
+    scale, cap, out_scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, K_TILE: tl.constexpr,
     V_TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_CAP: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, IS_SPLIT: tl.constexpr,
@@ -438,6 +475,9 @@ def attention_kernel(
     # cap, it makes them the exponent in the hyperbolic tangent, and ``cap`` makes its result an exponent of 2.
     HAS_SINKS: tl.constexpr = sinks_ptr is not None
     HAS_SLOPES: tl.constexpr = slopes_ptr is not None
+    HAS_BIASES: tl.constexpr = biases_ptr is not None
+    HAS_SCALES: tl.constexpr = k_scales_ptr is not None
+    MAY_SEE_NOTHING: tl.constexpr = WINDOW > 0 and not CAUSAL
     for index in range(tl.program_id(0), tl.load(count_ptr) * KV_HEADS, tl.num_programs(0)):
         head = index % KV_HEADS
         item = items_ptr + (index // KV_HEADS) * 4
@@ -454,19 +494,29 @@ def attention_kernel(
         slopes = heads
         if HAS_SLOPES:
             slopes = tl.load(slopes_ptr + heads)
+        biases = heads
+        if HAS_BIASES:
+            biases = biases_ptr + heads * (2 * reach)
 
+        first = length - num_queries
+        if not CAUSAL:  # queries beyond the context attend to others without being attended to
+            first = tl.maximum(first, 0)
+        last_query = first + (tile * ROWS + ROWS - 1) // GROUP
         end = length
         if CAUSAL:
-            end = tl.minimum(length, length - num_queries + (tile * ROWS + ROWS - 1) // GROUP + 1)
+            end = tl.minimum(length, last_query + 1)
+        elif WINDOW > 0 and not IS_SPLIT:  # few queries gain nothing, and AMD's scalar registers are few
+            end = tl.minimum(length, last_query + WINDOW)
         begin = _first_visible(length, num_queries, tile * ROWS // GROUP, WINDOW)
         first_part, last_part = begin // PART, tl.cdiv(end, PART)
         if IS_SPLIT:
             if own_part >= 0:
                 first_part, last_part = own_part, own_part + 1
         total_max, units, total = _attend(
-            q, k_ptr, v_ptr, table_ptr + row.to(tl.int64) * table_stride, head, length - num_queries + query, slopes,
-            begin, end, first_part, last_part, scale, cap, KV_HEADS, K_DIM, V_DIM, K_TILE, V_TILE, BLOCK_SIZE,
-            WINDOW, CAUSAL, HAS_CAP, HAS_SLOPES, PART, ROWS, STEP,
+            q, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, table_ptr + row.to(tl.int64) * table_stride, head,
+            first + query, slopes, biases, reach, begin, end, first_part, last_part, scale, cap, KV_HEADS, K_DIM,
+            V_DIM, K_TILE, V_TILE, BLOCK_SIZE, WINDOW, CAUSAL, HAS_CAP, HAS_SLOPES, HAS_BIASES, HAS_SCALES, PART, ROWS,
+            STEP,
         )  # fmt: skip
 
         is_done = own_part < 0
@@ -483,7 +533,7 @@ def attention_kernel(
             if HAS_SINKS:
                 sinks = tl.load(sinks_ptr + heads).to(tl.float32) * 1.4426950408889634
             out = out_ptr + token * out_stride + heads * V_DIM
-            _finish(out, total_max, units, total, sinks, is_real, HAS_SINKS, V_DIM, V_TILE)
+            _finish(out, total_max, units, total, sinks, is_real, out_scale, HAS_SINKS, MAY_SEE_NOTHING, V_DIM, V_TILE)
 
 
 def paged_attention(
@@ -495,18 +545,23 @@ def paged_attention(
     shape: AttentionShape,
     layout: KVLayout = "heads",
     sinks: Tensor | None = None,
+    biases: Tensor | None = None,
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The op ``paged_attention``, on caches [num_blocks, num_kv_heads, block_size, head_dim]."""
+    """The op ``paged_attention``, on caches [num_blocks, num_kv_heads, block_size, stored_size(head_dim)]. In int8, a
+    head's part of a block has the codes of all tokens, then their scales."""
     assert layout == "heads", f"these kernels do not read a cache in the layout {layout!r}"
     if k is not None and v is not None:
-        write_kv(k, v, kv_cache, meta)
+        write_kv(k, v, kv_cache, meta, (shape.k_scale, shape.v_scale))
     out = result(out, (q.shape[0], shape.out_width), q.dtype, q)
+    if isinstance(meta, library.LibraryStep):
+        library.attend(q, kv_cache, meta, out)
+        return out
     work = meta.work if isinstance(meta, PlannedAttention) else plan_attention(meta, shape, kv_cache[0].dtype)
     for items in (work.split, work.whole):
         if items is not None:
-            _launch(q, kv_cache, meta, shape, sinks, out, work, items)
+            _launch(q, kv_cache, meta, shape, (sinks, biases), out, work, items)
     return out
 
 
@@ -515,19 +570,22 @@ def _launch(
     kv_cache: tuple[Tensor, Tensor],
     meta: AttentionMetadata,
     shape: AttentionShape,
-    sinks: Tensor | None,
+    learned: tuple[Tensor | None, Tensor | None],
     out: Tensor,
     work: WorkList,
     items: Tensor,
 ) -> None:
-    """Launches the kernel for one of a step's lists."""
+    """Launches the kernel for one of a step's lists. ``learned``: sinks and biases."""
     keys, values = kv_cache
+    sinks, biases = learned
     assert keys.is_contiguous() and values.is_contiguous()
     is_split = items is work.split
     args = {
         "q_ptr": q,
         "k_ptr": keys,
         "v_ptr": values,
+        "k_scales_ptr": scales_of(keys),
+        "v_scales_ptr": scales_of(values),
         "out_ptr": out,
         "items_ptr": items,
         "count_ptr": work.counts[:1] if is_split else work.counts[1:],
@@ -536,11 +594,14 @@ def _launch(
         "table_ptr": meta.block_table,
         "sinks_ptr": sinks,
         "slopes_ptr": _slopes(shape.alibi_slopes, q.device),
+        "biases_ptr": biases,
+        "reach": 0 if biases is None else biases.shape[1] // 2,
         **_partial_results(q, meta, shape, is_split=is_split),
         "q_stride": row_stride(q),
         "out_stride": row_stride(out),
         "table_stride": row_stride(meta.block_table),
         **_factors(shape),
+        "out_scale": shape.v_scale,
     }
     rows, warps, stages = split_tile(shape, keys.dtype) if is_split else whole_tile(shape, keys.dtype)
     launch(
@@ -581,9 +642,10 @@ def _partial_results(
 
 def _factors(shape: AttentionShape) -> dict[str, float]:
     """What makes scores exponents of 2: see ``attention_kernel``."""
+    scale = shape.scale * shape.k_scale
     if not shape.logit_softcap:
-        return {"scale": shape.scale * LOG2_E, "cap": 0.0}
-    return {"scale": shape.scale / shape.logit_softcap * 2 * LOG2_E, "cap": shape.logit_softcap * LOG2_E}
+        return {"scale": scale * LOG2_E, "cap": 0.0}
+    return {"scale": scale / shape.logit_softcap * 2 * LOG2_E, "cap": shape.logit_softcap * LOG2_E}
 
 
 def _group(shape: AttentionShape) -> int:
@@ -592,12 +654,14 @@ def _group(shape: AttentionShape) -> int:
 
 
 def _window(shape: AttentionShape) -> int:
-    """Tokens that a token attends to; 0: all."""
-    return shape.sliding_window or 0 if shape.causal else 0
+    """Tokens that a token attends to, on each side if not causal; 0: all."""
+    return shape.sliding_window or 0
 
 
 def _step(shape: AttentionShape, dtype: torch.dtype) -> int:
     """Tokens of a step of the online softmax. It decides bits, so it is the same for all tiles."""
+    if dtype == torch.int8 and target().backend == "hip":
+        return 32  # codes become numbers in registers
     return 64 if max(shape.head_dim, shape.v_dim) * max(dtype.itemsize, 2) <= 256 else 32
 
 
@@ -610,6 +674,8 @@ def whole_tile(shape: AttentionShape, dtype: torch.dtype) -> tuple[int, int, int
         return (16, 4, 2) if largest <= 64 else (32, 8, 2) if largest <= 128 else (16, 8, 1)
     if target().capability == 90 and largest <= 128:
         return 128, 8, 2
+    if target().capability == 90 and dtype in KV_CODES:
+        return 32, 8, 2
     if target().capability == 100 and largest > 128:
         return 64, 8, 1
     return (64, 8, 2) if largest <= 128 or target().capability == 90 or target().backend == "hip" else (32, 8, 2)
@@ -621,6 +687,8 @@ def split_tile(shape: AttentionShape, dtype: torch.dtype) -> tuple[int, int, int
         return SPLIT_ROWS, 8, 1
     if target().capability == 100 and dtype == torch.float32:
         return SPLIT_ROWS, 8, 1
+    if dtype == torch.int8 or (target().backend == "hip" and shape.sliding_window and not shape.causal):
+        return SPLIT_ROWS, 8, 2
     widest = {0: 64, 100: 0}.get(target().capability, 128)
     if target().capability == 90 and dtype == torch.float32:
         widest = 64
@@ -648,19 +716,22 @@ def cases() -> Iterator[Case]:
         "128 alibi": AttentionShape(32, 32, 128, 0.09, alibi_slopes=(0.5,) * 32),
         "192/128": AttentionShape(16, 16, 192, 0.07, v_head_dim=128),
         "64 both ways": AttentionShape(12, 12, 64, 0.125, causal=False),
+        "64 both ways window": AttentionShape(12, 12, 64, 0.125, causal=False, sliding_window=65),
+        "64 both ways biases": AttentionShape(12, 12, 64, 0.125, causal=False, has_biases=True),
     }
     for name, shape in kinds.items():
         yield _case(name, shape, torch.bfloat16)
     yield _case("128", kinds["128"], torch.float16)
+    nvidia = frozenset(name for name, each in TARGETS.items() if each.backend == "cuda")
     fp8 = frozenset(name for name, each in TARGETS.items() if each.capability >= 89)
     for name in ("64", "128", "256 cap"):
         yield replace(_case(name, kinds[name], torch.bfloat16, torch.float8_e4m3fn), targets=fp8)
+        coded = _case(name, kinds[name], torch.bfloat16, torch.int8)
+        yield replace(coded, targets=nvidia if kinds[name].head_dim > 128 else None)
+    yield _case("128", kinds["128"], torch.float16, torch.int8)
     yield _case("64", kinds["64"], torch.float32)
     yield _case("128", kinds["128"], torch.float32)
-    yield replace(
-        _case("256 cap", kinds["256 cap"], torch.float32),
-        targets=frozenset(name for name, each in TARGETS.items() if each.backend == "cuda"),
-    )
+    yield replace(_case("256 cap", kinds["256 cap"], torch.float32), targets=nvidia)
 
 
 def _case(name: str, shape: AttentionShape, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> Case:
@@ -669,14 +740,16 @@ def _case(name: str, shape: AttentionShape, dtype: torch.dtype, kv_dtype: torch.
     starts, lengths, table = (meta(*size, dtype=torch.int32) for size in ((rows + 1,), (rows,), (rows, blocks)))
     step = AttentionMetadata(starts, lengths, table, meta(tokens, dtype=torch.int64), block_size)
     cache = tuple(
-        meta(blocks, shape.num_kv_heads, block_size, dim, dtype=kv_dtype or dtype)
+        meta(blocks, shape.num_kv_heads, block_size, stored_size(dim, kv_dtype or dtype), dtype=kv_dtype or dtype)
         for dim in (shape.head_dim, shape.v_dim)
     )
     q = meta(tokens, shape.q_width, dtype=dtype)
     sinks = meta(shape.num_heads, dtype=dtype) if shape.has_sinks else None
+    biases = meta(shape.num_heads, 1024, dtype=torch.float32) if shape.has_biases else None
 
     def call() -> Tensor:
-        return paged_attention(q, None, None, (cache[0], cache[1]), step, shape, "heads", sinks)
+        return paged_attention(q, None, None, (cache[0], cache[1]), step, shape, "heads", sinks, biases)
 
-    min_load = sinks.itemsize if sinks is not None else 4
-    return Case(f"{name} {str(kv_dtype or dtype).removeprefix('torch.')}", call, min_load=min_load)
+    types = [dtype] if kv_dtype is None else [kv_dtype] if dtype == torch.bfloat16 else [dtype, kv_dtype]
+    name = " ".join([name, *(str(each).removeprefix("torch.") for each in types)])
+    return Case(name, call, min_load=2 if sinks is not None or kv_dtype == torch.int8 else 4)

@@ -18,6 +18,7 @@ from ops.triton.configs import Target
 from ops.triton.launch import Launch, for_target, recorded, scratch
 
 MODULES = (
+    "adapters",
     "attention",
     "experts",
     "gather",

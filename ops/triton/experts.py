@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.adapters import ExpertAdapters
+from ops.metadata import AdapterRows
 from ops.packed import Encoding, ExpertWeights, QuantizedWeight
 from ops.triton import configs, gemm, quantized
 from ops.triton.catalog import Case, meta
@@ -258,6 +260,8 @@ def experts(
     weights: ExpertWeights,
     shared: Tensor | None = None,
     shared_gate: Tensor | None = None,
+    adapters: ExpertAdapters | None = None,
+    rows: AdapterRows | None = None,
     *,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -266,6 +270,8 @@ def experts(
     Raises:
         NotImplementedError: There are no kernels for such experts.
     """
+    if adapters is not None:
+        raise NotImplementedError("GPUs do not compute with adapters of experts yet")
     out = result(out, tuple(x.shape), x.dtype, x)
     if weights not in _known:
         _check(weights)

@@ -203,8 +203,8 @@ def _attend(
             products = tl.dot(q, tl.trans(latents), input_precision="ieee")
             products = tl.dot(q_rope, tl.trans(turned), products, input_precision="ieee")
             largest, units, sums = attention._step_of_part(
-                products, latents, largest, units, sums, position, token, position, end, scale, 0.0,
-                0, True, False, False,
+                products, latents, position, position, largest, units, sums, position, token, position, position, 0,
+                end, scale, 0.0, 0, True, False, False, False, False,
             )  # fmt: skip
         total_max, total_units, total = attention._merged(total_max, total_units, total, largest, units, sums)
     return total_max, total_units, total
@@ -250,7 +250,7 @@ def latent_attention_kernel(
                 )  # fmt: skip
         if is_done:
             out = out_ptr + token * out_stride + head * RANK
-            attention._finish(out, total_max, units, total, total_max, is_real, False, RANK, RANK_TILE)
+            attention._finish(out, total_max, units, total, total_max, is_real, 1.0, False, False, RANK, RANK_TILE)
 
 
 def latent_attention(

@@ -188,7 +188,8 @@ class Scratch:
 
     def __init__(self) -> None:
         self._pieces: dict[tuple[str, torch.device], Tensor] = {}
-        self._kept: weakref.WeakSet[Tensor] = weakref.WeakSet()
+        self._kept: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        """By identity: tensors compare their elements."""
 
     def get(self, purpose: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """``size`` elements. They are zero at first, and are whatever a kernel left there later."""
@@ -200,7 +201,7 @@ class Scratch:
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Notes a tensor that a kernel's launches share and that stays as it is. Its owner keeps it."""
-        self._kept.add(tensor)
+        self._kept[id(tensor)] = tensor
         return tensor
 
     def num_bytes(self, device: torch.device) -> int:
@@ -213,7 +214,7 @@ class Scratch:
 
     def pieces(self) -> list[Tensor]:
         """All of them, and what is kept."""
-        return [*self._pieces.values(), *self._kept]
+        return [*self._pieces.values(), *self._kept.values()]
 
     def clear(self) -> None:
         """Frees all pieces."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from ops.dispatch import Node, OpSet, Spec
 from ops.triton import (
+    adapters,
     attention,
     codes,
     experts,
@@ -28,6 +29,9 @@ from ops.triton.program import TritonProgram
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "act_and_mul": pointwise.act_and_mul,
     "activation": pointwise.activation,
+    "adapted_embedding": adapters.adapted_embedding,
+    "adapted_linear": adapters.adapted_linear,
+    "adapted_logits": adapters.adapted_logits,
     "add": pointwise.add,
     "clip": pointwise.clip,
     "embedding": linear.embedding,
@@ -39,6 +43,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "linear": linear.linear,
     "logits": linear.logits,
     "multiply": pointwise.multiply,
+    "pack_adapter": adapters.pack_adapter,
     "pack_segment": codes.pack_segment,
     "paged_attention": attention.paged_attention,
     "rms_norm": norm.rms_norm,

@@ -340,7 +340,7 @@ def sample_kernel(
     logits_ptr, raw_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, numbers_ptr, seeds_ptr, counters_ptr,
     bitmask_ptr, mask_rows_ptr, edit_ids_ptr, edit_values_ptr, edit_bounds_ptr, kept_ptr, kept_ids_ptr, tokens_ptr,
     status_ptr, vocab_size, logits_stride, raw_stride, params_stride, mask_stride,
-    STREAM: tl.constexpr, CHUNK: tl.constexpr, MOST_KEPT: tl.constexpr,
+    STREAM: tl.constexpr, COUNTS_ON: tl.constexpr, CHUNK: tl.constexpr, MOST_KEPT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     logits = logits_ptr + row.to(tl.int64) * logits_stride
@@ -381,6 +381,10 @@ def sample_kernel(
     tl.store(tokens_ptr + row, token.to(tl.int64))
     if status_ptr is not None:
         tl.store(status_ptr + row, status)
+    if COUNTS_ON:
+        counter = tl.load(counters_ptr + row)
+        tl.debug_barrier()  # all warps have read it
+        tl.store(counters_ptr + row, counter + 1)
 
 
 @dataclass(frozen=True)
@@ -428,6 +432,8 @@ class Randomness:
     """int64 [rows]: the bits of the seed."""
     counters: Tensor
     """int64 [rows]: index of the token in the output."""
+    counts_on: bool = False
+    """Leaves the next index in ``counters``."""
 
 
 def sample(
@@ -520,7 +526,9 @@ def _launch(
         "params_stride": stride,
         "mask_stride": 0 if mask is None else row_stride(mask.bitmask),
     }
-    launch(sample_kernel, (rows,), args, config(vocab_size), MOST_KEPT=MOST_KEPT, STREAM=STREAM_SAMPLE)
+    constants = {"MOST_KEPT": MOST_KEPT, "STREAM": STREAM_SAMPLE}
+    constants["COUNTS_ON"] = randomness is not None and randomness.counts_on
+    launch(sample_kernel, (rows,), args, config(vocab_size), **constants)
 
 
 def config(vocab_size: int) -> Config:

@@ -43,6 +43,7 @@ class LatentBackend:
     block_size = 16
     block_size_multiple = 16
     kv_layout = "latents"
+    needs_rows = False
 
     def __init__(self) -> None:
         self.planned: list[AttentionStep] = []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ops
-from engine_core.messages import ResolvedParams
+from engine_core.messages import ResolvedParams, ResolvedPoolingParams
 from executor.device.steps import RECENT_TOKENS
 from executor.messages import InitKVCache, WorkerReady
 from tests.models.harness import random_tokens
@@ -18,6 +18,7 @@ from tests.models.test_late_device import MAX_LEN, Engine, ReferenceCpu, answers
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from executor.launched_forward import LaunchedForward
 from executor.static_forward import GraphSizes, StaticForward
 from tests.fake_cuda import FakeCuda
 
@@ -42,6 +43,23 @@ def test_tokens_are_those_of_a_cpu(setup: dict[str, Any], fake: FakeCuda, monkey
     assert isinstance(engine.worker.runner.forward, StaticForward) == ("eager" not in setup)
     assert fake.channel.num_in_flight == 0
     assert (engine.scheduler.num_preemptions > 0) == ("num_blocks" in setup)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_encoders_launch_each_step(family: str, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = []
+    for device in (ReferenceCpu(), fake):
+        engine = Engine(device, monkeypatch, family=family)
+        for index, (length, pooling) in enumerate(((40, "MEAN"), (7, "CLS"), (50, "ALL"))):
+            engine.add(index, random_tokens(length, index), ResolvedPoolingParams(pooling_type=pooling))
+        engine.run()
+        vectors.append(engine.vectors)
+    assert isinstance(engine.worker.runner.forward, LaunchedForward)
+    assert len(vectors[0]) == 3 and vectors[0].keys() == vectors[1].keys()
+    for expected, found in zip(vectors[0].values(), vectors[1].values(), strict=True):
+        np.testing.assert_allclose(
+            np.frombuffer(found.data, np.float32), np.frombuffer(expected.data, np.float32), 1e-5, 1e-6
+        )
 
 
 def test_a_step_is_one_upload_and_one_graph(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ def check(tmp_path: Path, kernels: str, *targets: str) -> tuple[int, str, list[d
     """Exit status, output and findings of the script."""
     file = tmp_path / "found.json"
     command = [sys.executable, str(SCRIPT), "--kernels", kernels, "--targets", *targets, "--json", str(file)]
-    done = subprocess.run([*command, "--jobs", "1"], capture_output=True, text=True, check=False)
+    command += ["--jobs", "1", "--kept", str(tmp_path / "kept")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert file.exists(), done.stderr
     return done.returncode, done.stdout, json.loads(file.read_text())
 
@@ -33,6 +34,12 @@ def test_kernels_fit_their_targets(tmp_path: Path) -> None:
     assert products["sm_90"]["instruction"].startswith("wgmma.mma_async")
     assert products["gfx942"]["instruction"].startswith("v_mfma")
     assert all(line["registers"] > 16 and not line["spills"] and line["min_load"] == 16 for line in lines)
+    kept = list((tmp_path / "kept").iterdir())
+    assert len(kept) == 6
+    kept[0].write_text(kept[0].read_text().replace('"spills": 0', '"spills": 8'))
+    status, output, again = check(tmp_path, r"^(gemm qkv m=(8|128)|rms_norm 4096 bfloat16)$", "sm_90", "gfx942")
+    assert status == 1 and [line["registers"] for line in again] == [line["registers"] for line in lines]
+    assert output.splitlines()[-1].startswith("6 compiled, 1 failed")  # what is known is not compiled again
 
 
 def test_nothing_to_compile_is_a_failure(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ops.metadata import AttentionMetadata, AttentionShape
 from ops.reference.attention import attend
-from ops.reference.kv_codes import encode_heads
+from ops.reference.kv_codes import decode_heads, encode_heads
 from tests.triton_interpreter import ORDERS, Order, count_bytes, grid_order
 
 attention: Any = pytest.importorskip("ops.triton.attention")
@@ -307,9 +307,10 @@ def test_what_is_not_supported_is_named() -> None:
     assert "512 numbers" in attention.unsupported(AttentionShape(4, 2, 512, 0.1), BFLOAT16)
 
 
-@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_a_cache_in_fp8(kv_dtype: torch.dtype) -> None:
-    requests = Requests(SMALL, [37, 5])
+@pytest.mark.parametrize(("kv_dtype", "scales"), [(torch.float8_e4m3fn, (0.5, 2.0)), (torch.float8_e5m2, (1.0, 1.0))])
+def test_a_cache_in_fp8(kv_dtype: torch.dtype, scales: tuple[float, float]) -> None:
+    shape = replace(SMALL, k_scale=scales[0], v_scale=scales[1])
+    requests = Requests(shape, [37, 5])
     for _, k, v in requests.data:  # some beyond the range of e4m3
         k[::7] *= 200
         v[::5] *= 300
@@ -320,9 +321,62 @@ def test_a_cache_in_fp8(kv_dtype: torch.dtype) -> None:
     found |= {2: requests.step({1: 1}, meta)[1]}
     for row, result in ((0, found[0]), (1, torch.cat([found[1], found[2]]))):
         q, k, v = requests.data[row]
-        keys, values = (encode_heads(x.unflatten(1, (2, -1)), kv_dtype).float() for x in (k, v))
-        expected = attend(q.unflatten(1, (4, -1)).float(), keys, values, SMALL).flatten(1)
+        heads = [x.unflatten(1, (2, -1)).float() / scale for x, scale in zip((k, v), scales, strict=True)]
+        keys, values = (encode_heads(x, kv_dtype).float() for x in heads)
+        expected = attend(q.unflatten(1, (4, -1)).float(), keys, values, shape).flatten(1)
         torch.testing.assert_close(result.float(), expected, rtol=2**-7, atol=float(2**-7 * v.abs().max()))
     # Nothing of an earlier owner is left in a block that was begun.
     last = caches[0].view(torch.uint8)[int(requests.table[1, 0]), :, 5:]
     assert not last.any()
+
+
+def _stored(cache: Tensor, block: int, count: int) -> Tensor:
+    """The first tokens of a block in int8, as the reference stores them: [tokens, heads, stored_size]."""
+    heads, size, stored = cache.shape[1:]
+    parts = cache[block].view(heads, -1)
+    codes, scales = parts[:, : size * (stored - 2)].view(heads, size, -1), parts[:, size * (stored - 2) :]
+    return torch.cat([codes, scales.view(heads, size, 2)], dim=-1)[:, :count].transpose(0, 1)
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, torch.float16])
+def test_a_cache_in_int8(dtype: torch.dtype) -> None:
+    requests, chunked = Requests(SMALL, [37, 5], dtype), Requests(SMALL, [37, 5], dtype)
+    for each in (requests, chunked):
+        for _, k, v in each.data:
+            k[::3, :9] *= 40
+            k[1, :32] = 0
+            v[::5] *= 0.001
+        old = [torch.full((*cache.shape[:3], 34), -1, dtype=torch.int8) for cache in each.cache]
+        each.cache = old[0], old[1]
+    found = requests.step({0: 37, 1: 5})
+    chunked.step({1: 3, 0: 20})
+    again = [chunked.step({0: 16, 1: 2}), chunked.step({0: 1})]
+    assert torch.equal(torch.cat([again[0][0], again[1][0]]), found[0][20:]) and torch.equal(again[0][1], found[1][3:])
+    for row, result in found.items():
+        q, k, v = requests.data[row]
+        stored = [encode_heads(x.unflatten(1, (2, -1)), torch.int8) for x in (k, v)]
+        (keys, key_scales), (values, value_scales) = (decode_heads(each, 32) for each in stored)
+        assert key_scales is not None and value_scales is not None
+        expected = attend(q.unflatten(1, (4, -1)), keys, values, SMALL, None, key_scales, value_scales).flatten(1)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(result, expected, rtol=2 * eps, atol=float(eps * v.abs().max()))
+        for cache, heads in zip(requests.cache, stored, strict=True):
+            assert torch.equal(_stored(cache, int(requests.table[row, 0]), 32)[: len(q)], heads[:32])
+    begun = _stored(requests.cache[0], int(requests.table[1, 0]), 32)
+    assert begun[:5].any() and not begun[5:].any()
+
+
+@pytest.mark.parametrize("name", ["window", "biases", "both"])
+def test_encoders(name: str) -> None:
+    """Tokens that attend in both directions; with queries beyond what is attended to, which may see nothing."""
+    has_biases = name != "window"
+    shape = replace(SMALL, causal=False, sliding_window=None if name == "biases" else 9, has_biases=has_biases)
+    requests = Requests(shape, [75, 20])
+    biases = torch.randn(4, 256) if has_biases else None
+    meta = requests.meta({0: 75, 1: 20})
+    meta.seq_lens[0] = 60
+    found = requests.step({0: 75, 1: 20}, meta, biases=biases)
+    for row, seen in ((0, 60), (1, 20)):
+        q, k, v = (x.unflatten(1, (-1, 32)) for x in requests.data[row])
+        expected = attend(q, k[:seen], v[:seen], shape, biases=biases).flatten(1)
+        torch.testing.assert_close(found[row], expected, rtol=2**-7, atol=2**-7)

@@ -123,3 +123,13 @@ def test_kernels_that_compute_nonsense_are_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(self_test, "linear", lambda *args: linear(*args) * 0.9)
     with pytest.raises(ModelError, match="products of matrices are wrong"):
         cuda.refuse_wrong_kernels(cpu, "a GPU")
+
+
+def test_memory_that_others_took_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*shape: int, **options: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "zeros", full)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 80 << 30))
+    with pytest.raises(ModelError, match="--gpu-memory-utilization: 2 GiB .* only 1 GiB are free"):
+        CudaDevice().allocate_kv((2, 1 << 30), torch.int8)

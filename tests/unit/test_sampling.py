@@ -108,7 +108,7 @@ class Worker:
         given = torch.tensor(self.logits(slots) if logits is None else logits)
         states, where = self.states, np.array(slots, np.int32)
         rows = SampleRows(where, states.num_tokens[where], 10 * np.arange(len(slots), dtype=np.int32))
-        states.advance(where, np.zeros_like(where), np.ones(len(where), np.uint8))
+        states.set_counts(where, states.num_computed[where], states.num_tokens[where] + 1)
         sampled = self.backend.sample(given, given, rows, states, mask)
         output = wait_for(sampled.output, CHANNEL)
         assert sampled.token_ids.tolist() == output.token_ids.tolist()

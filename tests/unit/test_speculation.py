@@ -63,7 +63,7 @@ class DraftingWorker(Worker):
         rows = SampleRows(slots[step], states.num_tokens[slots[step]] + offsets, step)
         expected = drafts_of(rows, states)
         epochs = states.epochs[rows.slots]
-        states.advance(slots, np.zeros_like(slots), (counts + 1).astype(np.uint8))
+        states.set_counts(slots, states.num_computed[slots], states.num_tokens[slots] + counts + 1)
         given = torch.tensor(np.array(logits, np.float32))
         output = wait_for(self.backend.sample(given, given, rows, states, mask).output, CHANNEL)
         output, accepted = settle(states, rows, epochs, expected, output)
@@ -222,7 +222,7 @@ def test_rejected_drafts_take_nothing_from_the_next_request_in_the_slot() -> Non
     epochs = states.epochs[slots]
     states.set_drafts(slots[:1], np.array([2]), np.array([11, 12], np.int32))
     drafts = drafts_of(rows, states)
-    states.advance(slots[:1], np.array([3], np.int32), np.array([3], np.uint8))
+    states.set_counts(slots[:1], states.num_computed[slots[:1]] + 3, states.num_tokens[slots[:1]] + 3)
     states.apply(SchedulerOutput(2, b"", b"", b"", finished_slots=slots[:1].tobytes(), new_reqs=(request,)))
     counts = (states.num_tokens[2], states.num_known[2], states.num_computed[2])
     tokens = states.token_ids[2].tolist()

@@ -1,0 +1,109 @@
+"""The rows of plans, and what the parts of a worker need to know about them.
+
+Decode steps of the same requests have the same rows: what is made of them is kept until other rows come.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from executor.messages import I32, I64, SchedulerOutput
+from executor.request_states import RequestStates
+from executor.sampling.base import SampleRows
+from executor.speculative.speculation import step_rows
+
+U8 = npt.NDArray[np.uint8]
+
+
+@dataclass(eq=False)
+class StepRows:
+    """The rows of a step. Two steps that share the object have the same, and follow each other."""
+
+    slots: I32
+    """int32 [rows]."""
+    counts: I32
+    """int32 [rows]: tokens to compute."""
+    num_sampled: U8
+    """uint8 [rows]: tokens to sample."""
+    has_drafts: bool
+    places: npt.NDArray[np.intp]
+    """[rows]: ``slots`` as numpy's own indices, which it need not convert."""
+    num_tokens: int
+    sampled_rows: I32
+    """int32 [samples]: the row of each."""
+    sampled_slots: I32
+    """int32 [samples]: the slot of each."""
+    samples_once: bool
+    """Whether each row samples one token."""
+    computed: I64
+    """int64 [rows]: tokens that were computed before the step."""
+    num_tokens_before: I64
+    """int64 [rows]: tokens that the requests had before the step."""
+    epochs: I64
+    """int64 [samples]: of their slots."""
+
+    def samples(self) -> SampleRows:
+        """The rows of the step's logits."""
+        first = self.num_tokens_before if self.samples_once else _ranges(self.num_tokens_before, self.num_sampled)
+        return SampleRows(self.sampled_slots, first, self.sampled_rows)
+
+    def follow(self) -> None:
+        """Becomes those of the next step."""
+        # New arrays: results of earlier steps are still on their way.
+        self.computed = self.computed + self.counts
+        self.num_tokens_before = self.num_tokens_before + self.num_sampled
+
+    def advance(self, states: RequestStates) -> None:
+        """Advances the counts of the requests, once the step has begun."""
+        states.set_counts(self.places, self.computed + self.counts, self.num_tokens_before + self.num_sampled)
+
+
+def _ranges(firsts: I64, counts: U8) -> I64:
+    ends = counts.cumsum(dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    numbers: I64 = np.arange(total) + (firsts - ends + counts).repeat(counts)
+    return numbers
+
+
+class RowsOfPlans:
+    """Makes the rows of a plan, or finds those of the last one."""
+
+    def __init__(self) -> None:
+        self._plan: SchedulerOutput | None = None
+        self._rows: StepRows | None = None
+
+    def of(self, plan: SchedulerOutput, states: RequestStates) -> StepRows:
+        """The rows of a plan, each with as many of its drafts as the plan allows."""
+        last, rows = self._plan, self._rows
+        if last is not None and rows is not None and not plan.num_draft_tokens and not plan.new_reqs:
+            same = plan.slots == last.slots and plan.num_scheduled_tokens == last.num_scheduled_tokens
+            if same and plan.num_sampled == last.num_sampled:
+                rows.follow()
+                return rows
+        slots, counts, num_sampled, has_drafts = step_rows(plan, states)
+        places = slots.astype(np.intp)
+        samples_once = len(slots) > 0 and int(num_sampled.min()) == int(num_sampled.max()) == 1
+        numbers = np.arange(len(slots), dtype=np.int32)
+        numbers, sampled = (
+            (numbers, slots) if samples_once else (numbers.repeat(num_sampled), slots.repeat(num_sampled))
+        )
+        rows = StepRows(
+            slots=slots,
+            counts=counts,
+            num_sampled=num_sampled,
+            has_drafts=has_drafts,
+            places=places,
+            num_tokens=int(counts.sum()),
+            sampled_rows=numbers,
+            sampled_slots=sampled,
+            samples_once=samples_once,
+            computed=states.num_computed[places],
+            num_tokens_before=states.num_tokens[places],
+            epochs=states.epochs[sampled],
+        )
+        # Drafts are accepted or not, so counts do not go on from those of the step before.
+        self._plan, self._rows = (None, None) if plan.num_draft_tokens else (plan, rows)
+        return rows
