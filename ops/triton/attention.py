@@ -463,6 +463,35 @@ def _finish(
 
 
 @triton.jit
+def _of_heads(slopes_ptr, biases_ptr, heads, reach):
+    """The slopes of heads, and where their biases are; whatever else, if there are none."""
+    slopes = heads
+    if slopes_ptr is not None:
+        slopes = tl.load(slopes_ptr + heads)
+    biases = heads
+    if biases_ptr is not None:
+        biases = biases_ptr + heads * (2 * reach)
+    return slopes, biases
+
+
+@triton.jit
+def _visible_range(
+    length, num_queries, first_query, last_query,
+    WINDOW: tl.constexpr, CAUSAL: tl.constexpr, IS_SPLIT: tl.constexpr,
+):  # fmt: skip
+    """The position of a row's first query, and the tokens that some of its queries see: the first and the end."""
+    first = length - num_queries
+    if not CAUSAL:  # queries beyond the context attend to others without being attended to
+        first = tl.maximum(first, 0)
+    end = length
+    if CAUSAL:
+        end = tl.minimum(length, first + last_query + 1)
+    elif WINDOW > 0 and not IS_SPLIT:  # few queries gain nothing, and AMD's scalar registers are few
+        end = tl.minimum(length, first + last_query + WINDOW)
+    return first, _first_visible(length, num_queries, first_query, WINDOW), end
+
+
+@triton.jit
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, out_ptr, items_ptr, count_ptr, starts_ptr, lengths_ptr, table_ptr,
     sinks_ptr, slopes_ptr, biases_ptr, partial_ptr, state_ptr, arrivals_ptr, reach, q_stride, out_stride, table_stride,
@@ -491,23 +520,10 @@ def attention_kernel(
         token = (start + tl.minimum(query, num_queries - 1)).to(tl.int64)
         heads = head * GROUP + rows % GROUP
         q = _load_rows(q_ptr, token * q_stride + heads * K_DIM, K_DIM, K_TILE)
-        slopes = heads
-        if HAS_SLOPES:
-            slopes = tl.load(slopes_ptr + heads)
-        biases = heads
-        if HAS_BIASES:
-            biases = biases_ptr + heads * (2 * reach)
-
-        first = length - num_queries
-        if not CAUSAL:  # queries beyond the context attend to others without being attended to
-            first = tl.maximum(first, 0)
-        last_query = first + (tile * ROWS + ROWS - 1) // GROUP
-        end = length
-        if CAUSAL:
-            end = tl.minimum(length, last_query + 1)
-        elif WINDOW > 0 and not IS_SPLIT:  # few queries gain nothing, and AMD's scalar registers are few
-            end = tl.minimum(length, last_query + WINDOW)
-        begin = _first_visible(length, num_queries, tile * ROWS // GROUP, WINDOW)
+        slopes, biases = _of_heads(slopes_ptr, biases_ptr, heads, reach)
+        first, begin, end = _visible_range(
+            length, num_queries, tile * ROWS // GROUP, (tile * ROWS + ROWS - 1) // GROUP, WINDOW, CAUSAL, IS_SPLIT
+        )
         first_part, last_part = begin // PART, tl.cdiv(end, PART)
         if IS_SPLIT:
             if own_part >= 0:

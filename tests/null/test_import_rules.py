@@ -114,7 +114,7 @@ FOLDERS: dict[str, set[str]] = {
         *("adapter_files", "base", "checkpoint", "config", "gguf", "gguf_architectures", "gguf_experts", "hf_config"),
         *("layers.*", "loader", "messages", "models.registry", "quantization.packed", "weights_mapper"),
     },
-    "executor/attention": {"messages", "registry"},
+    "executor/attention": {"log", "messages", "registry"},
     "executor/device": {"base", "config", "deferred", "host_memory", "log", "messages", "parallel", "registry"},
     # What is done with logits: no model, and of a device only how values come back from it.
     "executor/sampling": {"base", "deferred", "device.steps", "messages", "registry", "request_states", "scripts"},
@@ -144,7 +144,15 @@ FOLDERS: dict[str, set[str]] = {
     # The definitions of ops know no implementation; op sets know each other not at all.
     "ops/reference": {"adapters", "collective", "dispatch", "metadata", "packed"},
     "ops/cpu": {"", "adapters", "arena", "dispatch", "metadata", "packed"},
-    "ops/triton": {"", "arena", "dispatch", "metadata", "packed", "reference.sampling"},  # of which: constants
+    "ops/triton": {
+        "",
+        "adapters",
+        "arena",
+        "dispatch",
+        "metadata",
+        "packed",
+        "reference.sampling",
+    },  # of which: constants
 }
 """What the modules of a folder import of their own package, beside each other."""
 MAX_FUNCTION_LINES = 60
