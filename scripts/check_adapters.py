@@ -41,7 +41,7 @@ import torch
 
 REQUIREMENTS = ("peft==0.21.2", "accelerate==1.15.0")
 TOLERANCE = 1e-5
-"""Of logits, in standard deviations."""
+"""Of logits, as a share of the largest."""
 RANK = 256
 """Of the adapters that come and go: large, so that one left behind is seen in a process's memory."""
 ADMIN = {"Authorization": "Bearer root"}
@@ -189,10 +189,10 @@ CASES: dict[str, Case] = {
     ),
     "layers": Case("llama", {"target_modules": ATTENTION, "layers_to_transform": [1]}),
     "dora": Case("llama", {"target_modules": "all-linear", "use_dora": True}),
-    "dora_embedding": Case("llama", {"target_modules": ["embed_tokens", "q_proj"]}, {"tie_word_embeddings": False}),
+    "embedding": Case("llama", {"target_modules": ["embed_tokens", "q_proj"]}, {"tie_word_embeddings": False}),
     "bias": Case("qwen2", {"target_modules": ATTENTION, "bias": "lora_only"}),
     "all_biases": Case("qwen2", {"target_modules": ["down_proj"], "bias": "all"}),
-    "lora_bias": Case("llama", {"target_modules": ["q_proj", "down_proj"], "lora_bias": True}),
+    "lora_bias": Case("qwen2", {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
     "saved": Case(
         "llama",
         {"target_modules": ATTENTION, "modules_to_save": ["lm_head", "embed_tokens"]},
@@ -210,7 +210,7 @@ CASES: dict[str, Case] = {
     "transposed": Case("llama4", {"target_modules": ATTENTION, "target_parameters": EXPERTS}),
     "router": Case("olmoe", {"target_modules": ["v_proj"], "target_parameters": ["gate.weight"]}),
     "latent": Case("deepseek_v3", {"target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]}),
-    "states": Case("mamba2", {"target_modules": ["in_proj", "out_proj"]}),
+    "states": Case("mamba2", {"target_modules": ["in_proj"]}),
 }
 
 
@@ -244,7 +244,7 @@ def peft_writes(case: Case, base: Path, folder: Path, token_ids: list[int]) -> t
 
 
 def compare(case: Case, folder: Path) -> str:
-    """The difference in standard deviations; raises what went wrong."""
+    """The largest difference, for a line of the report; raises what went wrong."""
     from executor.adapter_files import adapter_hash
     from executor.adapters import LoadedAdapters
     from executor.config import LoRAConfig
@@ -259,7 +259,7 @@ def compare(case: Case, folder: Path) -> str:
     plain, adapted = Runner(loaded), Runner(loaded)
     adapters.load(1, LoRARequest("x", 1, str(folder), adapter_hash(folder)))
     found = adapted.step([Chunk(0, token_ids, 1)])
-    scale = expected.std()
+    scale = expected.abs().max()
     difference = float((found - expected).abs().max() / scale)
     moved = float((plain.step([Chunk(0, token_ids)]) - expected).abs().max() / scale)
     if difference > TOLERANCE or moved < 100 * TOLERANCE:

@@ -79,12 +79,16 @@ def of_each_expert(
     if not stacks or not tensors.stored.keys() >= {"a", "b"}:
         return {}
     a, b = tensors.read("a", -1, -1), tensors.read("b", -1, -1)
-    known = []
-    for leaf, found in stacks.items():
-        results, inputs = sum(each.num_rows for each in found if not each.expert), found[0].num_inputs
-        if (len(b), a.shape[1]) == (results, inputs):
-            return _apart(ModuleTensors(f"{module[1]}.{leaf}", tensors.stored), found, a, b)
-        known.append(f"{leaf} has {results} results of {inputs} inputs")
+    sizes = {
+        leaf: (sum(each.num_rows for each in found if not each.expert), found[0].num_inputs)
+        for leaf, found in stacks.items()
+    }
+    for own, is_turned in (((len(b), a.shape[1]), False), ((a.shape[1], len(b)), True)):
+        leaf = next((leaf for leaf, each in sizes.items() if each == own), "")
+        if leaf:
+            named = ModuleTensors(f"{module[1]}.{leaf}", tensors.stored)
+            return _apart(named, stacks[leaf], a, b, is_turned=is_turned)
+    known = [f"{leaf} has {results} results of {inputs} inputs" for leaf, (results, inputs) in sizes.items()]
     raise ModelError(
         f"{tensors.stored['a'].origin} has {a.shape[1]} inputs, and B {len(b)} results; of the experts of "
         f"{shorten(module[1])}, {', '.join(known)}"
@@ -104,22 +108,30 @@ def _projections(
     return result
 
 
-def _apart(tensors: ModuleTensors, projections: list[_Projection], a: Tensor, b: Tensor) -> dict[str, ModuleTensors]:
-    """The pieces, which are named like the stack: patterns of ranks are."""
+def _apart(
+    tensors: ModuleTensors, projections: list[_Projection], a: Tensor, b: Tensor, *, is_turned: bool
+) -> dict[str, ModuleTensors]:
+    """The pieces, which are named like the stack: patterns of ranks are.
+
+    Where transformers does not say that weights are stored as [in_features, out_features] (Llama 4), PEFT takes one for
+    the other (``is_turned``): the product of B and A is what is added to the stored weight.
+    """
     count = 1 + max(each.expert for each in projections)
     if len(a) % count or b.shape[1] != len(a):
         raise ModelError(
             f"{tensors.stored['a'].origin} has {len(a)} rows, and B {b.shape[1]} columns; both must be the rank times "
             f"{count} experts"
         )
-    of_a, of_b = a.view(count, -1, a.shape[1]), b.view(len(b), -1, count)
+    of_a, of_b = a.view(count, -1, a.shape[1]), b.view(len(b), -1, count).permute(2, 0, 1)
+    if is_turned:
+        of_a, of_b = of_b.mT, of_a.mT
     rows: dict[str, Tensor] = {}
     result = {}
     for each in projections:
         leaf = each.name.rpartition(".")[2]
         if leaf not in rows:
-            rows[leaf] = each.rows(count, len(b), a.shape[1])
-        pieces = {"a": of_a[each.expert], "b": of_b[rows[leaf], :, each.expert]}
+            rows[leaf] = each.rows(count, of_b.shape[1], of_a.shape[2])
+        pieces = {"a": of_a[each.expert], "b": of_b[each.expert, rows[leaf]]}
         result[each.name] = ModuleTensors(
             tensors.name, {kind: _read_before(tensors.stored[kind], piece) for kind, piece in pieces.items()}
         )

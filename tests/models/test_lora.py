@@ -171,6 +171,12 @@ def gates_and_ups_that_alternate() -> tuple[Path, ...]:
 
 
 @case
+def stacks_that_peft_takes_for_transposed_ones() -> tuple[Path, ...]:
+    base = tiny.checkpoint("llama4")
+    return base, *two(base, targets="none", stacks=("gate_up_proj", "down_proj"))
+
+
+@case
 def gates_of_experts() -> tuple[Path, ...]:
     base = tiny.checkpoint("qwen2_moe")
     return base, *two(base, targets="gate$|shared_expert.down_proj$")
