@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,25 @@ async def test_another_adapter_under_the_same_name(server: FakeServer) -> None:
     assert (await load(api, lora_name="other", lora_path="two")).status_code == 200
     assert (await unload(api, lora_name="mine")).status_code == 200
     assert len(server.engine.forgotten) == 1, "another name stands for the same files"
+
+
+async def test_nothing_is_left_of_adapters_that_went(server: FakeServer) -> None:
+    api = Api(server)
+
+    async def count_after(rounds: int) -> int:
+        for number in range(rounds):
+            for path in ("one", "two"):
+                assert (await load(api, lora_name="mine", lora_path=path, load_inplace=True)).status_code == 200
+                assert (await scaled(api, lora_scale=0.5 + number % 3)).status_code == 200
+            assert (await unload(api, lora_name="mine")).status_code == 200
+        server.engine.submitted.clear()
+        server.engine.forgotten.clear()
+        gc.collect()
+        return len(gc.get_objects())
+
+    await count_after(5)
+    before = await count_after(5)
+    assert await count_after(40) - before < 40
 
 
 @pytest.mark.parametrize(
