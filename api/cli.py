@@ -358,7 +358,7 @@ def _with_model(
 
     from api.config import unused_variables
     from api.flags import ConfigError
-    from engine_core.launch import discard_engine_core, get_logger, prepare_engine_core, setup_logging
+    from engine_core.launch import discard_prepared, get_logger, prepare_agent, prepare_engine_core, setup_logging
 
     try:
         config, notes = resolve(given, os.environ)
@@ -371,7 +371,9 @@ def _with_model(
     if unused := unused_variables(os.environ):
         get_logger().debug("vLLM environment variables that have no effect: %s", ", ".join(unused))
     is_leader = config.engine.executor.parallel.node_rank == 0
-    if config.num_local_replicas == 1 and is_leader:  # replicas start on cores of their own
+    if not is_leader:
+        prepare_agent()
+    elif config.num_local_replicas == 1:  # replicas start on cores of their own
         prepare_engine_core(config.engine)
 
     def find_and_run() -> int:
@@ -388,7 +390,7 @@ def _with_model(
     try:
         return _reported(find_and_run)
     finally:
-        discard_engine_core()
+        discard_prepared()
 
 
 def _reported(run: Callable[[], int]) -> int:

@@ -71,9 +71,15 @@ def prepare_engine_core(config: EngineConfig) -> None:
     prepare_child(_MODULE, _ENVIRONMENT, _early_children(config))
 
 
-def discard_engine_core() -> None:
-    """Ends what ``prepare_engine_core`` started, if no engine core was launched."""
+def prepare_agent() -> None:
+    """Starts the process of the first worker that ``run_agent`` will need, likewise."""
+    prepare_child(WORKER_MODULE)
+
+
+def discard_prepared() -> None:
+    """Ends what ``prepare_engine_core`` or ``prepare_agent`` started, if it was not needed."""
     discard_child(_MODULE)
+    discard_child(WORKER_MODULE)
 
 
 def run_agent(config: ExecutorConfig, ipc_dir: str, log_level: str) -> int:
@@ -126,7 +132,8 @@ __all__ = [
     "get_logger",
     "launch_engine_core",
     "numa_nodes",
-    "discard_engine_core",
+    "discard_prepared",
+    "prepare_agent",
     "prepare_engine_core",
     "read_flight_record",
     "run_agent",

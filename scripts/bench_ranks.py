@@ -4,12 +4,14 @@
     python scripts/bench_ranks.py --model 1b --load-format dummy
     python scripts/bench_ranks.py --model folder --ranks 2 --threads 2 --decode 1 16 --prefill 512
     python scripts/bench_ranks.py --model folder --stages 2 --decode 16
+    python scripts/bench_ranks.py --model folder --stages 2 --decode 16 --prefill 512 --machines
 
 One worker has all threads; each rank has its share of them and of the cores. All are loaded at once and take turns, so
 what else runs on the machine concerns them alike. Printed: the median time of a step, and the ratio of the medians.
 
 With pipeline stages, requests decode in as many groups as there are stages, one step after another; printed is the time
-in which each group has had one. The worker that is compared computes the same steps.
+in which each group has had one. The worker that is compared computes the same steps. With ``--machines``, stages are
+compared with stages that are connected as if each were on a machine of its own, by the loopback interface.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ from bench_models import SHAPES
 from bench_step import EXPERT_SHAPES, Steps, folder_of
 
 from executor.config import ParallelConfig
+from executor.multiproc import LISTENER, Network
+from executor.nodes.head import open_listeners
+from executor.nodes.links import NetworkLinks
 from executor.parallel import RANKS, SharedByRanks, places, split_cores
 
 
@@ -40,19 +45,24 @@ class Team:
     processes: list[subprocess.Popen[str]]
 
     @classmethod
-    def start(cls, options: argparse.Namespace, tp_size: int, pp_size: int) -> Team:
+    def start(cls, options: argparse.Namespace, tp_size: int, pp_size: int, nnodes: int = 1) -> Team:
         """Starts the ranks; they load the model."""
-        ranks = places(ParallelConfig(tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size))
-        num_ranks, shared = len(ranks), SharedByRanks(ranks)
+        ranks = places(ParallelConfig(tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size, nnodes=nnodes))
+        num_ranks = len(ranks)
+        shared = [SharedByRanks([each for each in ranks if each.node_rank == node]) for node in range(nnodes)]
+        found = [open_listeners(ranks, node, "127.0.0.1") for node in range(nnodes)]
+        listeners = {name: opened for each in found for name, opened in each.items()}
+        endpoints = json.dumps({name: endpoint for name, (_, endpoint) in listeners.items()})
         cores = split_cores(num_ranks)
         command = [sys.executable, __file__, "--model", options.model, "--load-format", options.load_format]
         command += ["--decode", *map(str, options.decode), "--prefill", *map(str, options.prefill)]
         command += ["--context", str(options.context), "--steps", str(options.steps), "--lanes", str(options.stages)]
-        command += ["--ranks", str(tp_size), "--stages", str(pp_size)]
+        command += ["--ranks", str(tp_size), "--stages", str(pp_size), "--nodes", str(nnodes), "--endpoints", endpoints]
         command += ["--threads", str(max(1, options.threads // num_ranks))]
         processes = []
         for place in ranks:
-            given, rank = shared.of(place), place.rank
+            given, rank = shared[place.node_rank].of(place), place.rank
+            given |= {LISTENER + name: listeners[name][0] for name in place.events if name in listeners}
             own = ["--rank", str(rank), "--cores", *map(str, cores[rank]), "--descriptors", json.dumps(given)]
             processes.append(
                 subprocess.Popen(
@@ -63,7 +73,10 @@ class Team:
                     pass_fds=tuple(given.values()),
                 )
             )
-        shared.close()
+        for each in shared:
+            each.close()
+        for descriptor, _ in listeners.values():
+            os.close(descriptor)
         return cls(processes)
 
     def ask(self, line: str) -> str:
@@ -84,9 +97,17 @@ class Team:
 def serve(options: argparse.Namespace) -> None:
     """A rank: computes what the lines of standard input ask for."""
     os.sched_setaffinity(0, options.cores)
-    config = ParallelConfig(tensor_parallel_size=options.ranks, pipeline_parallel_size=options.stages)
+    ranks = places(
+        ParallelConfig(tensor_parallel_size=options.ranks, pipeline_parallel_size=options.stages, nnodes=options.nodes)
+    )
     given = json.loads(options.descriptors)
-    state = replace(places(config)[options.rank], memory_fd=given.get(RANKS, -1))
+    state = replace(ranks[options.rank], memory_fd=given.get(RANKS, -1))
+    links = None
+    if options.nodes > 1:
+        addresses = ("127.0.0.1",) * options.nodes
+        network = Network(cluster_key=bytes(32), addresses=addresses, endpoints=json.loads(options.endpoints))
+        sockets = {name.removeprefix(LISTENER): fd for name, fd in given.items() if name.startswith(LISTENER)}
+        links = NetworkLinks(network, ranks, state, sockets)
     longest = max([options.context + options.rounds * options.steps + 1, *options.prefill])
     requests = max([1, *options.decode])
     steps = Steps(
@@ -99,6 +120,7 @@ def serve(options: argparse.Namespace) -> None:
         parallel=state,
         num_threads=options.threads,
         descriptors=given,
+        links=links,
     )
     print("ready", flush=True)
     for line in sys.stdin:
@@ -117,17 +139,25 @@ def serve(options: argparse.Namespace) -> None:
             if options.lanes > 1:  # stages overlap
                 times = [(time.perf_counter() - begin) / options.steps]
         print(statistics.median(times), flush=True)
+    if links is not None:
+        links.close()
 
 
 def compare(options: argparse.Namespace) -> None:
     """Prints the table."""
-    teams = [Team.start(options, *sizes) for sizes in ((1, 1), (options.ranks, options.stages))]
+    sizes = options.ranks, options.stages
     num_ranks = options.ranks * options.stages
+    titles = ("1 worker", f"{num_ranks} ranks")
+    if options.machines:
+        titles = ("1 machine", f"{options.stages} machines")
+        teams = [Team.start(options, *sizes), Team.start(options, *sizes, options.stages)]
+    else:
+        teams = [Team.start(options, 1, 1), Team.start(options, *sizes)]
     try:
         for team in teams:
             for process in team.processes:
                 assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        print(f"{'step':>14} {'1 worker':>12} {f'{num_ranks} ranks':>12} {'ratio':>7}")
+        print(f"{'step':>14} {titles[0]:>12} {titles[1]:>12} {'ratio':>7}")
         for kind, counts in (("decode", options.decode), ("prefill", options.prefill)):
             for count in counts:
                 if kind == "decode":
@@ -155,7 +185,10 @@ def main() -> None:
     add("--context", type=int, default=256, help="tokens before the first decode step")
     add("--steps", type=int, default=20, help="decode steps per round")
     add("--rounds", type=int, default=5, help="turns of each")
+    add("--machines", action="store_true", help="compare stages of one machine with stages of several")
     add("--rank", type=int, help=argparse.SUPPRESS)
+    add("--nodes", type=int, default=1, help=argparse.SUPPRESS)
+    add("--endpoints", default="{}", help=argparse.SUPPRESS)
     add("--lanes", type=int, default=1, help=argparse.SUPPRESS)
     add("--descriptors", help=argparse.SUPPRESS)
     add("--cores", type=int, nargs="*", help=argparse.SUPPRESS)

@@ -46,6 +46,7 @@ from executor.layers.embedding import VocabParallelEmbedding
 from executor.layers.linear import LinearLayer
 from executor.layers.moe import MoE
 from executor.messages import FromWorker, InitKVCache, NewRequest, ResolvedParams, SchedulerOutput, WorkerReady
+from executor.nodes.links import NetworkLinks
 from executor.parallel import ParallelState
 from executor.quantization.packed import PackedWeights
 from executor.worker import Worker
@@ -99,11 +100,12 @@ class Steps:
         parallel: ParallelState | None = None,
         num_threads: int | None = None,
         descriptors: Mapping[str, int] | None = None,
+        links: NetworkLinks | None = None,
         **fields: Any,
     ) -> None:
         """Starts a worker, which may be one of several ranks.
 
-        ``fields``: others of the model's configuration. ``descriptors``: see ``Worker``.
+        ``fields``: others of the model's configuration. ``descriptors``, ``links``: see ``Worker``.
         """
         path = Path(model)
         gguf = read_gguf(path).header() if path.suffix == ".gguf" else None
@@ -116,7 +118,7 @@ class Steps:
             ),
         )
         self.answers: list[FromWorker] = []
-        self.worker = Worker(parallel or ParallelState(), config, self.answers.append, descriptors)
+        self.worker = Worker(parallel or ParallelState(), config, self.answers.append, descriptors, links)
         self.worker.start()
         ready = next(answer for answer in self.answers if isinstance(answer, WorkerReady))
         self.groups = ready.kv_cache_groups

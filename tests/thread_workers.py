@@ -21,6 +21,9 @@ from engine_core.messages import EngineReady, ToEngineCore
 from executor.base import REGISTRY
 from executor.liveness import ProcessSample
 from executor.messages import FromWorker, ToWorker, WorkerShutdown
+from executor.multiproc import Network
+from executor.nodes.head import open_listeners
+from executor.nodes.links import NetworkLinks
 from executor.parallel import RANKS, ParallelState, SharedByRanks, places
 from executor.worker import Worker
 from tests.null.core_harness import Harness
@@ -38,11 +41,13 @@ class _Rank:
         config: ExecutorConfig,
         send: Callable[[FromWorker], None],
         descriptors: dict[str, int],
+        links: NetworkLinks | None = None,
     ) -> None:
         self.inbox: deque[ToWorker] = deque()
         self.event = os.eventfd(0, os.EFD_NONBLOCK)
         place = replace(place, memory_fd=descriptors.get(RANKS, -1))
-        self.worker = Worker(place, config, send, descriptors)
+        self.links = links
+        self.worker = Worker(place, config, send, descriptors, links)
         self.thread = threading.Thread(target=self.worker.run, args=(self._receive,), daemon=True)
         self.thread.start()
 
@@ -73,8 +78,16 @@ class ThreadExecutor:
 
     def start(self) -> None:
         ranks = places(self._config.parallel)
-        self._shared = SharedByRanks(ranks)
-        self._ranks = [_Rank(place, self._config, self._answer, self._shared.of(place)) for place in ranks]
+        nodes = range(self._config.parallel.nnodes)
+        self._shared = [SharedByRanks([each for each in ranks if each.node_rank == node]) for node in nodes]
+        listeners = {name: found for node in nodes for name, found in open_listeners(ranks, node, "127.0.0.1").items()}
+        endpoints = {name: endpoint for name, (_, endpoint) in listeners.items()}
+        network = Network(cluster_key=bytes(32), addresses=("127.0.0.1",) * len(nodes), endpoints=endpoints)
+        sockets = {name: descriptor for name, (descriptor, _) in listeners.items()}
+        for place in ranks:
+            links = NetworkLinks(network, ranks, place, sockets) if len(nodes) > 1 else None
+            given = self._shared[place.node_rank].of(place)
+            self._ranks.append(_Rank(place, self._config, self._answer, given, links))
 
     def _answer(self, message: FromWorker) -> None:
         self._answers.append(message)
@@ -112,8 +125,11 @@ class ThreadExecutor:
         for rank in self._ranks:
             rank.thread.join()
             os.close(rank.event)
+            if rank.links is not None:
+                rank.links.close()
         self._ranks = []
-        self._shared.close()
+        for shared in self._shared:
+            shared.close()
 
     def kill(self) -> None:
         self.shutdown()
@@ -128,7 +144,8 @@ class Engine(Harness):
     def __init__(self, config: EngineConfig) -> None:
         super().__init__()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(REGISTRY, "mp", "tests.thread_workers:ThreadExecutor")
+            for name in ("mp", "nodes"):
+                patch.setitem(REGISTRY, name, "tests.thread_workers:ThreadExecutor")
             workers = create_executor(config, "", "info")
         assert isinstance(workers, ThreadExecutor)
         self.workers = workers
@@ -155,13 +172,13 @@ class Engine(Harness):
 
 @contextmanager
 def engine(
-    model: Path, num_ranks: int = 1, num_stages: int = 1, num_blocks: int | None = None, **fields: Any
+    model: Path, num_ranks: int = 1, num_stages: int = 1, num_blocks: int | None = None, nnodes: int = 1, **fields: Any
 ) -> Iterator[Engine]:
     """An engine with workers of one thread each. ``fields``: more of ``ExecutorConfig``."""
     cache = CacheConfig(kv_cache_memory=4 << 20, num_gpu_blocks_override=num_blocks)
     executor = ExecutorConfig(
         model=ModelConfig(model=str(model), dtype="float32", max_model_len=256),
-        parallel=ParallelConfig(tensor_parallel_size=num_ranks, pipeline_parallel_size=num_stages),
+        parallel=ParallelConfig(tensor_parallel_size=num_ranks, pipeline_parallel_size=num_stages, nnodes=nnodes),
         device=DeviceConfig(num_threads=1),
         check_every_step=True,
         **fields,

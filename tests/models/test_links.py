@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import pickle
 import select
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
+import zmq
 
 from executor.config import ParallelConfig
 from executor.multiproc import Network
 from executor.nodes.head import open_listeners
-from executor.nodes.links import LinkError, NetworkLinks
+from executor.nodes.keys import Curve
+from executor.nodes.links import LinkError, NetworkLinks, NetworkTarget
 from executor.parallel import places
 
 RANKS = places(ParallelConfig(pipeline_parallel_size=3, nnodes=3))
@@ -67,6 +72,26 @@ def test_messages_between_machines(stack: ExitStack) -> None:
     assert len(source.take(6)) == 0
     with pytest.raises(LinkError, match="^the connection to another machine broke: step 7 is missing, step 8 came$"):
         source.take(7)
+
+
+def test_strangers_are_not_heard(stack: ExitStack) -> None:
+    first, second, third = open_links(stack)
+    assert first is not None and second is not None and third is not None
+    for endpoint in first._network.endpoints.values():
+        for data in (pickle.dumps(print), bytes(range(256)) * 10):
+            with socket.create_connection(("127.0.0.1", int(endpoint.rpartition(":")[2]))) as connection:
+                connection.sendall(data)
+    context: zmq.Context[Any] = zmq.Context()
+    stranger = NetworkTarget(context, Curve(b"another key" + bytes(21)), first._network.endpoints["hidden.1"])
+    stranger.send(1, torch.ones(1))
+    second.check(DEADLINE)
+    first.targets["hidden.1"].send(1, torch.zeros(1))
+    while second.sources["hidden.1"].num_arrived() < 1:
+        assert select.select([second.sources["hidden.1"]], [], [], DEADLINE)[0]
+    assert second.sources["hidden.1"].take(1).view(torch.float32).tolist() == [0]
+    assert second.sources["hidden.1"].num_arrived() == 1
+    stranger.close()
+    context.term()
 
 
 def test_a_machine_that_cannot_reach_another_one_is_named(stack: ExitStack) -> None:
