@@ -100,7 +100,7 @@ class NodeAgent:
 
     def _connect(self) -> None:
         socket = self._socket
-        socket.setsockopt(zmq.IDENTITY, secrets.token_bytes(16))
+        socket.setsockopt(zmq.IDENTITY, secrets.token_hex(16).encode())
         socket.setsockopt(zmq.IMMEDIATE, 1)  # what is said while nobody listens is not kept
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, MOST_BYTES)
