@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from executor.base import ModelError, WorkerDiedError
 from executor.config import ExecutorConfig
@@ -92,7 +93,7 @@ class Members:
         self._socket.set_hwm(0)
         use_ipv6(self._socket, self.endpoint)
         curve.accept(self._socket)
-        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(FAILED_HANDSHAKES)
+        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(FAILED_HANDSHAKES | zmq.EVENT_DISCONNECTED)
         self._num_strangers = 0
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromAgent)
@@ -121,7 +122,7 @@ class Members:
 
     def poll_fds(self) -> list[zmq.Socket[bytes] | int]:
         """What becomes readable when ``take`` has something to do: at least once a second."""
-        return [self._socket, self._clock]
+        return [self._socket, self._monitor, self._clock]
 
     def send(self, rank: int, message: ToAgent) -> None:
         """Sends a message to a machine. One that has not joined gets nothing; one that is gone is lost."""
@@ -165,6 +166,7 @@ class Members:
                 result.append((ranks[identity], message))
             else:
                 self._send(identity, NodeUnknown())
+        self._look_at_connections()
         self._tick()
         return result
 
@@ -226,14 +228,23 @@ class Members:
             member.silent += min(seconds, MAX_TICK)
             if member.silent >= NODE_TIMEOUT:
                 self._lose(member, f"has said nothing for {member.silent:.0f} s")
-            elif not self._send(member.identity, NodePing()):
-                self._lose(member, "is gone")
-        while self._monitor.poll(0):
-            self._monitor.recv_multipart()
-            self._num_strangers += 1
+        self._ping()
         if now - self._reminded_at >= REMINDER:
             self._reminded_at = now
             self._remind()
+
+    def _look_at_connections(self) -> None:
+        while self._monitor.poll(0):
+            if parse_monitor_message(self._monitor.recv_multipart())["event"] == zmq.EVENT_DISCONNECTED:
+                self._ping()
+            else:
+                self._num_strangers += 1
+
+    def _ping(self) -> None:
+        """Shows that the leader lives. Who cannot be told is gone."""
+        for member in list(self._by_rank.values()):
+            if not self._send(member.identity, NodePing()):
+                self._lose(member, "is gone")
 
     def _remind(self) -> None:
         """Says what an operator should know, every few seconds."""
