@@ -11,8 +11,12 @@ import pytest
 
 import ops
 from engine_core.messages import ResolvedParams, ResolvedPoolingParams
+from executor.adapter_files import adapter_hash
+from executor.config import LoRAConfig
 from executor.device.steps import RECENT_TOKENS
-from executor.messages import InitKVCache, WorkerReady
+from executor.messages import InitKVCache, LoadAdapter, LoRARequest, NewRequest, SchedulerOutput, WorkerReady
+from tests import tiny
+from tests.lora import write_adapter
 from tests.models.harness import random_tokens
 from tests.models.test_late_device import MAX_LEN, Engine, ReferenceCpu, answers
 
@@ -60,6 +64,41 @@ def test_encoders_launch_each_step(family: str, fake: FakeCuda, monkeypatch: pyt
         np.testing.assert_allclose(
             np.frombuffer(found.data, np.float32), np.frombuffer(expected.data, np.float32), 1e-5, 1e-6
         )
+
+
+def test_rows_with_adapters_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Triton's kernels, interpreted: there is no other way to adapters on a GPU."""
+    before = ops.op_set("cpu")
+    base = tiny.checkpoint("llama", num_hidden_layers=1)
+    path = write_adapter(base)
+    lora = LoRAConfig(enable_lora=True, max_loras=2, max_lora_rank=8)
+    tokens = []
+    for device in (ReferenceCpu(), FakeCuda(by_itself=False)):
+        engine = Engine(device, monkeypatch, folder=base, lora=lora)
+        engine.worker.handle(LoadAdapter(1, LoRARequest("a", 1, str(path), adapter_hash(path))))
+        params = ResolvedParams(temperature=0.0, max_tokens=9)
+        new = [
+            NewRequest(
+                slot=slot,
+                token_ids=np.array(random_tokens(3, slot), np.int32).tobytes(),
+                num_prompt_tokens=3,
+                num_computed_tokens=0,
+                block_ids=(np.array([slot], np.int32).tobytes(),),
+                params=params,
+                lora_id=slot,
+            )
+            for slot in (0, 1)
+        ]
+        slots, counts = np.array([0, 1], np.int32).tobytes(), np.array([3, 3], np.int32).tobytes()
+        engine.worker.handle(SchedulerOutput(1, slots, counts, b"\1\1", new_reqs=tuple(new)))
+        if isinstance(device, FakeCuda):
+            device.channel.let_come()
+            engine.worker.take_results()
+            assert isinstance(engine.worker.runner.forward, LaunchedForward)
+            device.close()
+        tokens.append(engine.results[0].sampled_token_ids)
+    ops.use("cpu", before)
+    assert tokens[0] == tokens[1]
 
 
 def test_a_step_is_one_upload_and_one_graph(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from engine_core.config import CacheConfig, SchedulerConfig
 from engine_core.messages import EngineCoreRequest, ResolvedParams, ResolvedPoolingParams
 from engine_core.request import Request
 from engine_core.scheduler import Scheduler
-from executor.config import DeviceConfig, ExecutorConfig, ModelConfig, SpeculativeConfig, StepSize
+from executor.config import DeviceConfig, ExecutorConfig, LoRAConfig, ModelConfig, SpeculativeConfig, StepSize
 from executor.device.base import Device
 from executor.device.cpu import CpuDevice
 from executor.inline import InlineExecutor
@@ -91,6 +91,7 @@ class Engine:
         folder: Path | None = None,
         speculative: SpeculativeConfig | None = None,
         forced_outputs: str = "",
+        lora: LoRAConfig | None = None,
         **config: Any,
     ) -> None:
         monkeypatch.setattr("executor.worker.create_device", lambda name: device)
@@ -99,7 +100,11 @@ class Engine:
         self.answers: list[FromWorker] = []
         self.device = device
         executor = ExecutorConfig(
-            model=model, speculative=speculative, step_size=STEP_SIZE, forced_outputs=forced_outputs
+            model=model,
+            speculative=speculative,
+            step_size=STEP_SIZE,
+            forced_outputs=forced_outputs,
+            lora=lora or LoRAConfig(),
         )
         self.worker = Worker(ParallelState(), executor, self.answers.append)
         self.worker.start()
