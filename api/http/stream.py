@@ -238,7 +238,8 @@ class WholeAnswer(Response):
     media_type = "application/json"
 
     def __init__(self, generation: EngineWork, reply: WholeReply) -> None:
-        super().__init__()
+        self.status_code = 200  # the base class would also describe a body, which there is not yet
+        self.background = None
         self._generation = generation
         self._reply = reply
 
@@ -251,7 +252,7 @@ class WholeAnswer(Response):
             if generation.disconnected:
                 return
             self.body = await generation.build(self._reply)
-            load = load_header(scope, generation.metrics.load)
+            load = load_header(scope, generation.metrics)
             self.init_headers(generation.headers if load is None else {**generation.headers, LOAD_HEADER: load})
             await super().__call__(scope, receive, send)
         finally:
