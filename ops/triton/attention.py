@@ -692,7 +692,7 @@ def whole_tile(shape: AttentionShape, dtype: torch.dtype) -> tuple[int, int, int
         return 128, 8, 2
     if target().capability == 90 and dtype in KV_CODES:
         return 32, 8, 2
-    if target().capability == 100 and largest > 128:
+    if target().capability == 100 and (largest > 128 or shape.has_biases):
         return 64, 8, 1
     return (64, 8, 2) if largest <= 128 or target().capability == 90 or target().backend == "hip" else (32, 8, 2)
 
