@@ -154,7 +154,7 @@ class Merged:
 
     def add_vectors(self, ids: Tensor, vectors: Tensor) -> None:
         """Replaces rows of the weight: their difference is a product of rank one each."""
-        before = ops.embedding(ids, self.packed).float()
+        before = ops.embedding(ids.to(self.packed.device), self.packed).cpu().float()
         chosen = torch.zeros(self.out_features, len(ids))
         chosen[ids, torch.arange(len(ids))] = 1
         self.a.append(vectors - before)
@@ -181,9 +181,9 @@ class Merged:
         return whole
 
     def _numbers(self) -> Tensor:
-        numbers = numbers_of(self.packed)
+        numbers = numbers_of(self.packed).cpu()
         if self.weights.order is not None:
-            numbers = numbers[:, torch.argsort(self.weights.order)]
+            numbers = numbers[:, torch.argsort(self.weights.order.cpu())]
         return numbers
 
     def _biases(self) -> Tensor:
