@@ -495,6 +495,14 @@ class Scheduler:
         if self.suspects:
             self.suspects.computed(step.slots, ends, current)
         outputs = self._take_prompts(step, result, current)
+        if not len(new.rows) and not result.row_errors:  # parts of prompts, and prompts that are pooled
+            self.pool.publish_ready()
+            return EngineCoreOutputs(
+                engine_epoch=self.engine_epoch,
+                outputs=tuple(outputs),
+                scheduler_stats=self.stats(step, result),
+                timestamp=time.monotonic(),
+            )
         if result.num_verified:
             self.drafts.add(result.num_verified, result.num_accepted)
         self._num_barren = 0 if result.num_draft_tokens.strip(b"\0") else self._num_barren + 1
