@@ -151,7 +151,8 @@ class Steps:
         """Read by each step: all but experts and the input embedding, unless that also computes the logits."""
         packed = [module.packed for module in modules if isinstance(module, PackedWeights)]
         rounds = any(isinstance(each, ops.QuantizedWeight) and each.activations == "int8" for each in packed)
-        self.numbers = library.INT8 if rounds else library.TYPES[heads[0].dtype]
+        dtypes = [shape.dtype for shape in heads or [table.shape for table in tables]]  # a stage may lack both
+        self.numbers = library.INT8 if rounds else library.TYPES[dtypes[0] if dtypes else torch.bfloat16]
         """What is multiplied; see ``Library.measure_peak``."""
 
     def bytes_of(self, tokens: int) -> float:
