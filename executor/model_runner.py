@@ -326,12 +326,13 @@ class ModelRunner:
         """Applies a plan and launches the model. Call ``finish`` before the next plan."""
         begin = time.perf_counter()
         states = self.states
-        self.speculation.remove(i32(plan.finished_slots), states)
+        if plan.finished_slots:
+            self.speculation.remove(i32(plan.finished_slots), states)
+            self.pooler.remove(i32(plan.finished_slots))
         states.apply(plan)
         if self.kv_memory is not None:
             self.kv_memory.follow(plan)
         self.forward.apply(plan)
-        self.pooler.remove(i32(plan.finished_slots))
         if self.images is not None:
             self.images.apply(plan, states)
         for request in plan.new_reqs:

@@ -55,7 +55,7 @@ class RequestStates:
 
     def apply(self, plan: SchedulerOutput) -> None:
         """Applies a plan's changes to requests and their blocks."""
-        for slot in i32(plan.finished_slots).tolist():
+        for slot in i32(plan.finished_slots).tolist() if plan.finished_slots else ():
             self._set_params(slot, None)
             self.axes.pop(slot, None)
         for request in plan.new_reqs:
