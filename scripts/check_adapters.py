@@ -4,6 +4,7 @@
     python scripts/check_adapters.py traffic            load and unload 200 times while requests run
     python scripts/check_adapters.py peft               adapters of PEFT, against its own merged weights
     python scripts/check_adapters.py peft --cases dora stacks
+    python scripts/check_adapters.py families           all matrices of each family, against merged weights
 
 ``traffic``: a tiny server with room for three adapters gets requests without adapter and with two, while others come
 and go. Each answer must be the one that its adapter gives alone, and the memory of no process may grow by an adapter
@@ -13,6 +14,9 @@ once the first loads are over.
 tiny random models in each of its ways, saves the adapter, and merges it in float32. Octavo's logits with the file must
 be those of the merged model.
 
+``families``: a tiny random model of each family, with an adapter of everything that is a matrix but for the matrices
+between latents and heads and norms of heads.
+
 Exit status: 0 if all is as it should be.
 """
 
@@ -21,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -287,9 +292,57 @@ def check_peft(folder: Path, names: list[str]) -> int:
     return 1 if failed else 0
 
 
+# -- all families --------------------------------------------------------------------------------------------------
+
+LEFT_OUT = re.compile(r"embed|wte|wpe|norm|kv_b_proj|conv1d")
+"""Tables, which adapters change in another way, and what can have none."""
+
+
+def difference_of(family: str) -> float:
+    """How far logits are from those with merged weights, as a share of the largest."""
+    from safetensors.torch import load_file
+
+    from executor.adapter_files import adapter_hash
+    from executor.adapters import LoadedAdapters
+    from executor.config import LoRAConfig
+    from executor.messages import LoRARequest
+    from tests import tiny
+    from tests.lora import merge, write_adapter
+    from tests.models.harness import Chunk, Runner, load, random_tokens
+
+    base, token_ids = tiny.checkpoint(family), random_tokens(30)
+    weights = load_file(base / "model.safetensors")
+    modules = [name.removesuffix(".weight") for name, weight in weights.items() if weight.dim() == 2]
+    leaves = {name.rpartition(".")[2] for name in modules if not LEFT_OUT.search(name)}
+    folder = write_adapter(base, targets="|".join(f"{leaf}$" for leaf in sorted(leaves)), transposed=family == "gpt2")
+    loaded = load(base, max_adapters=1)
+    adapters = LoadedAdapters(loaded, LoRAConfig(enable_lora=True, max_loras=1, max_lora_rank=8))
+    adapters.load(1, LoRARequest("x", 1, str(folder), adapter_hash(folder)))
+    found = Runner(loaded, captured=True).step([Chunk(0, token_ids, 1)])
+    expected = Runner(load(merge(base, folder))).step([Chunk(0, token_ids)])
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def check_families() -> int:
+    """Prints a line for each family. Returns the exit status."""
+    from executor.base import ModelError
+    from tests.families import FAMILIES
+
+    failed = 0
+    for name in FAMILIES:
+        try:
+            difference = difference_of(name)
+            line, is_good = f"{difference:.1e}", difference <= TOLERANCE
+        except ModelError as error:
+            line, is_good = str(error), False
+        failed += not is_good
+        print(f"{name:20} {'' if is_good else 'FAILED: '}{line}", flush=True)
+    return 1 if failed else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("traffic", "peft"))
+    parser.add_argument("what", choices=("traffic", "peft", "families"))
     parser.add_argument("--loads", type=int, default=200, help="traffic: how many adapters come")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[], help="peft: default: all")
     parser.add_argument(
@@ -302,6 +355,7 @@ def main() -> int:
     checks: dict[str, Callable[[], int]] = {
         "traffic": lambda: check_traffic(options.loads),
         "peft": lambda: check_peft(options.folder, options.cases),
+        "families": check_families,
     }
     with signals_as_exceptions():
         return checks[options.what]()

@@ -3,7 +3,8 @@
 Locality and load are weighed in one unit, tokens of work: what an engine would have to compute before the request's
 first token. A prefix in an engine's cache saves as many tokens as it has; requests that wait there cost as many as
 their prompts lack. So a common prefix stays where it is until its engine has more to do than computing it again costs,
-and no threshold decides between the two.
+and no threshold decides between the two. What is computed again costs more if all engines are busy with prompts, since
+it delays those who come later, too.
 
 What an engine has cached is known exactly enough without asking it: the hashes of a prompt's blocks are those that the
 engine looks up (``engine_core/hashing.py``), and the cache forgets the least recently used.
@@ -24,6 +25,9 @@ and a slot."""
 MAX_BLOCKS = 4096
 """Blocks of a sequence that are hashed, which takes up to seven milliseconds of the event loop. Longer ones are told
 apart by their beginnings."""
+CROWDED_COST = 3.0
+"""Tokens of work that a prompt's own tokens stand for, beside themselves, if each engine has as much to compute as the
+prompt is long; less if one has less. From simulations of requests with common prefixes."""
 CONTEXT_COST = 1 / 64
 """Tokens of work per token of a running request's context, which each step reads."""
 
@@ -173,12 +177,13 @@ class Router:
         longest = self._engines[engine].prefixes.longest(prefix.hashes)
         return prefix.num_tokens - min(longest, (prefix.num_tokens - 1) // self._block_size) * self._block_size
 
-    def cost(self, engine: int, prefix: Prefix) -> float:
-        """Tokens of work until a prompt's first token on an engine."""
-        return self._num_uncached(engine, prefix) + self._engines[engine].load
+    def cost(self, engine: int, prefix: Prefix, weight: float = 1.0) -> float:
+        """Tokens of work until a prompt's first token on an engine; its own count ``weight`` times."""
+        return weight * self._num_uncached(engine, prefix) + self._engines[engine].load
 
     def choose(self, prefix: Prefix, candidates: Collection[int]) -> int:
-        """The engine with the least work until a prompt's first token; engines take turns if several are equal.
+        """The engine with the least work until a prompt's first token, in which tokens that are not cached count more
+        the busier all engines are; engines take turns if several are equal.
 
         Args:
             prefix: The prompt.
@@ -186,7 +191,9 @@ class Router:
         """
         count = len(self._engines)
         ordered = sorted(candidates, key=lambda engine: (engine - self._turn) % count)
-        chosen = min(ordered, key=lambda engine: self.cost(engine, prefix))
+        least = min(self._engines[engine].pending for engine in ordered)
+        weight = 1 + CROWDED_COST * min(1.0, least / prefix.num_tokens)
+        chosen = min(ordered, key=lambda engine: self.cost(engine, prefix, weight))
         self._turn = (chosen + 1) % count
         return chosen
 

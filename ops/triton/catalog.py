@@ -31,6 +31,7 @@ MODULES = (
     "pointwise",
     "prepare",
     "quantized",
+    "recurrent",
     "rope",
     "route",
     "sample",

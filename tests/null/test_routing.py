@@ -65,6 +65,19 @@ def test_a_prefix_stays_until_its_engine_has_more_to_do_than_computing_it_again(
     assert made.cost(1, prefix) == 32
 
 
+def test_a_prefix_stays_for_longer_while_all_engines_are_busy_with_prompts() -> None:
+    made = router()
+    prefix = prompt(made, 0)
+    made.enter(0, 1, prefix)
+    made.leave(0)
+    made.enter(1, 1, prompt(made, 1000, 900))
+    assert made.choose(prefix, range(2)) == 0  # which has the time
+    made.enter(2, 0, prompt(made, 3000))
+    assert made.choose(prefix, range(2)) == 1
+    made.begin(2)
+    assert made.choose(prefix, range(2)) == 0
+
+
 def test_outputs_are_cached_but_for_the_token_that_was_never_computed() -> None:
     made = router()
     tokens = np.arange(BLOCK * 4 + 1, dtype=np.int32)

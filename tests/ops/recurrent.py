@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import ops
-from ops import AttentionMetadata, AttentionShape
+from ops import AttentionMetadata, AttentionShape, OpSet
 from tests.ops.cpu import randn, threads, use, using
 from tests.ops.test_cpu_invariance import same_bits
 
@@ -82,7 +82,7 @@ def check_kernels(make: Callable[[list[int]], Requests], capability: str, dtype:
         torch.testing.assert_close(result, exact, rtol=tolerance, atol=tolerance)
 
 
-def check_shared_block(make: Callable[[list[int]], Requests], op_set: str) -> None:
+def check_shared_block(make: Callable[[list[int]], Requests], op_set: OpSet | str) -> None:
     """A request goes on from a block that another fills in the same step."""
     with using(op_set):
         expected = make([40, 40]).step({0: 40})[0]
