@@ -38,7 +38,7 @@ ONE_RANK = {
 ONE_STAGE = {"Gemma4ForCausalLM": "layers that read what earlier ones have cached"}
 """Likewise, those that pipeline stages cannot share."""
 
-RECURRENT = "on CPUs only; no speculation; states of requests take up to half of the KV cache"
+RECURRENT = "no speculation; states of requests take up to half of the KV cache"
 POOLING = "embeddings, scores and classification only"
 
 CATALOG = (
@@ -74,7 +74,7 @@ CATALOG = (
         ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"),
         ("deepseek-ai/DeepSeek-V2-Lite-Chat", "deepseek-ai/DeepSeek-V3", "moonshotai/Kimi-K2-Instruct"),
         gguf=("deepseek2",),
-        limits="no KV cache in 8 bits; on GPUs no float32",
+        limits="no KV cache in 8 bits",
     ),
     Entry(
         "ERNIE 4.5",
@@ -134,7 +134,7 @@ CATALOG = (
         ("Glm4MoeLiteForCausalLM",),
         ("zai-org/GLM-4.7-Flash",),
         gguf=("deepseek2",),
-        limits="no KV cache in 8 bits; on GPUs no float32",
+        limits="no KV cache in 8 bits",
     ),
     Entry("GPT-2", ("GPT2LMHeadModel",), ("openai-community/gpt2", "distilbert/distilgpt2"), gguf=("gpt2",)),
     Entry("GPT-J", ("GPTJForCausalLM",), ("EleutherAI/gpt-j-6b",)),

@@ -224,7 +224,8 @@ class Fusion:
         normed = self._maker(heads.source, "rms_norm")
         if normed is not None:
             given = arguments(normed)
-            if (given["size"] or given["x"].width) == heads.head_dim:
+            is_shared = given["weight"] is None or len(given["weight"]) == heads.head_dim
+            if is_shared and (given["size"] or given["x"].width) == heads.head_dim:
                 heads.norm = HeadNorm(given["weight"], given["eps"], given["offset"], given["round_first"])
                 heads.source = given["x"]
                 heads.made_by.append(normed)

@@ -21,18 +21,20 @@ from ops.packed import Weight
 from ops.triton import attention, configs, experts, gemm, rope
 from ops.triton.attention import PlannedAttention, plan_attention
 from ops.triton.catalog import Case, meta
-from ops.triton.configs import Config, power_of_two
+from ops.triton.configs import KIB, TARGETS, Config, power_of_two
 from ops.triton.launch import launch, result, row_stride, scratch, target
 
 MAX_RANK = 512
 """Columns of a latent at most."""
 _HEADS_TILE = 16
+_FLOAT32_SHARED = 160 * KIB
+"""Bytes of shared memory that tiles of float32 need."""
 
 
 def unsupported(shape: AttentionShape, dtype: torch.dtype) -> str | None:
     """The reason why the kernels cannot compute such a layer, or None if they can."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return "latent attention runs in bfloat16 and float16 only; use --dtype bfloat16"
+    if dtype == torch.float32 and target().max_shared < _FLOAT32_SHARED:
+        return "latent attention in float32 needs a GPU with more shared memory; use --dtype bfloat16"
     if shape.v_dim > MAX_RANK:
         return f"latents of {shape.v_dim} numbers are not supported; at most {MAX_RANK}"
     return None
@@ -91,7 +93,8 @@ def heads_linear(x: Tensor, weights: Sequence[Weight], head_dim: int, *, out: Te
     count, (n, k) = len(x), first.shape
     out = result(out, (count, len(weights) * n), x.dtype, x)
     segments = gemm.num_segments(n, k)
-    config = configs.gemm(target(), count, k, x.dtype, segments, "none", False)
+    # In loops over tiles of 8 rows, ptxas would let one product wait for the other.
+    config = configs.gemm(target(), max(count, 16), k, x.dtype, segments, "none", False)
     tile = dict(config.tile)
     args = {
         "w_ptr": first,
@@ -355,14 +358,15 @@ def cases() -> Iterator[Case]:
     )
     step = AttentionMetadata(starts, lengths, table, meta(tokens, dtype=torch.int64), block_size)
     positions, angles = meta(tokens, dtype=torch.int32), meta(4096, 64, dtype=torch.float32)
-    for heads, dtype in ((128, torch.bfloat16), (16, torch.bfloat16), (16, torch.float16)):
+    large = frozenset(name for name, each in TARGETS.items() if each.max_shared >= _FLOAT32_SHARED)
+    for heads, dtype in ((128, torch.bfloat16), (16, torch.bfloat16), (16, torch.float16), (16, torch.float32)):
         shape = AttentionShape(heads, 1, 576, 0.07, v_head_dim=512, kind="latent", rotates_pairs=True)
         q, q_rope = meta(tokens, heads * 512, dtype=dtype), meta(tokens, heads * 192, dtype=dtype)
         latents, k_rope = meta(tokens, 512, dtype=dtype), meta(tokens, 64, dtype=dtype)
         cache = meta(blocks, 1, block_size, 576, dtype=dtype)
         name = f"{heads} heads {str(dtype).removeprefix('torch.')}"
         call = partial(latent_attention, q, q_rope, latents, k_rope, positions, angles, (cache,), step, shape)
-        yield Case(name, call, min_load=2)
+        yield Case(name, call, min_load=2, targets=large if dtype == torch.float32 else None)
         if dtype == torch.bfloat16:
             for size, (n, k, head_dim) in {"keys": (512, 128, 192), "values": (128, 512, 512)}.items():
                 weights = tuple(meta(n, k) for _ in range(heads))

@@ -74,6 +74,7 @@ def rms_norm_kernel(
     eps,
     offset,
     SIZE: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUPS_TILE: tl.constexpr,
     COLUMNS_TILE: tl.constexpr,
@@ -97,7 +98,7 @@ def rms_norm_kernel(
     normed = x * tl.rsqrt(mean + eps)[:, None]
     if HAS_WEIGHT:
         # Each group loads the weight anew, from the L1 cache: with the layout of x, in pieces as large.
-        own = (group * 0)[:, None] + column[None, :]
+        own = (group % GROUPS * WEIGHT_STRIDE)[:, None] + column[None, :]
         weight = tl.load(weight_ptr + own, mask=mask, other=0.0).to(tl.float32)
         if ROUND_FIRST:
             normed = normed.to(dtype).to(tl.float32) * weight
@@ -154,8 +155,6 @@ def _rms_norm(
     assert offset == 0.0 or not round_first
     rows, width = x.shape
     size = size or (width if weight is None else len(weight))
-    if weight is not None and len(weight) != size:
-        raise NotImplementedError("GPUs do not norm groups that have weights of their own yet")
     config, programs = _tile(rows, width, size)
     args = {
         "x_ptr": x,
@@ -177,6 +176,7 @@ def _rms_norm(
         args,
         config,
         SIZE=size,
+        WEIGHT_STRIDE=0 if weight is None or len(weight) == size else size,
         GROUPS=width // size,
         HAS_RESIDUAL=residual is not None,
         HAS_WEIGHT=weight is not None,

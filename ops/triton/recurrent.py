@@ -20,14 +20,12 @@ from ops.metadata import AttentionMetadata, AttentionShape
 from ops.triton import catalog
 from ops.triton.catalog import Case
 from ops.triton.configs import Config, power_of_two
-from ops.triton.launch import launch, result, row_stride, scratch
+from ops.triton.launch import launch, result, row_stride, scratch, target
 from ops.triton.pointwise import activate
 
 MAX_LENGTH = 4
 """Of a convolution."""
 _CONV = Config(4, 1, (("COLUMNS_TILE", 256),))
-_COLUMNS = 16
-"""Columns of a tile of states."""
 
 
 @triton.jit
@@ -222,7 +220,8 @@ def _convolved(
 
 
 def _launch_states(kernel: Any, args: dict[str, Any], shape: AttentionShape, block_size: int, **constants: Any) -> None:
-    tile = min(_COLUMNS, power_of_two(shape.v_dim))
+    # Each without spills.
+    tile = min(32 if 80 <= target().capability < 90 else 16, power_of_two(shape.v_dim))
     launch(
         kernel,
         (shape.num_heads, triton.cdiv(shape.v_dim, tile)),

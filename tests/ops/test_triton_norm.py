@@ -45,6 +45,12 @@ def test_rms_norm_without_a_weight_reads_and_writes_views() -> None:
     assert_close(out, reference.rms_norm.reference(x, None, 1e-5))
 
 
+def test_groups_with_weights_of_their_own() -> None:
+    x, weight = randn(7, 240, dtype=torch.bfloat16), randn(240, seed=1, dtype=torch.bfloat16)
+    result = norm.rms_norm(x, weight, 1e-5, size=80)
+    assert_close(result, reference.rms_norm.reference(x, weight, 1e-5, size=80))
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_sum_is_normalised(order: Order) -> None:
     x, residual = randn(6, 576, dtype=torch.bfloat16), randn(6, 576, seed=2, dtype=torch.bfloat16)

@@ -130,8 +130,16 @@ void run_list(const OctavoNode* nodes, int count, const OctavoStep& step, const 
     release_tiles();
 }
 
+// Tells calls apart that take longer than others: other lists, and twice as many tokens or more.
+uint64_t work_of(const OctavoNode* nodes, const OctavoStep& step) {
+    int bits = 0;
+    while (step.num_tokens >> bits) ++bits;
+    return address_of(nodes) * 32 + static_cast<uint64_t>(bits);
+}
+
 void run(const OctavoNode* nodes, int count, const OctavoStep& step, int most, Caller& caller) {
-    const int threads = caller.team_size.next(most, seconds());
+    const double now = seconds();
+    const int threads = caller.team_size.next(most, now, work_of(nodes, step));
     Shared shared;
     shared.workspace = caller.workspace.reserve(workspace_bytes(nodes, count, step, threads));
     std::vector<Taken> taken(2 * static_cast<size_t>(threads));
@@ -139,6 +147,7 @@ void run(const OctavoNode* nodes, int count, const OctavoStep& step, int most, C
     double asleep = 0.0;
     if (threads == 1) {
         run_list(nodes, count, step, {0, 1, shared, thread_scratch, asleep});
+        if (most > 1) caller.team_size.saw_rest(seconds(), seconds() - now);
         return;
     }
     const double begin = seconds();
@@ -151,8 +160,8 @@ void run(const OctavoNode* nodes, int count, const OctavoStep& step, int most, C
         stolen = std::max(0.0, (seconds() - begin) - (cpu_seconds() - cpu) - slept);
         asleep = slept;
     }
-    if (threads < most) return;
     const double end = seconds();
+    if (threads < most) return caller.team_size.saw_rest(end, end - begin);
     caller.team_size.saw(end, end - begin, stolen, asleep / (threads - 1));
 }
 

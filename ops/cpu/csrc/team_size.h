@@ -1,11 +1,12 @@
 // How many threads run a list of ops while other programs use some of the cores.
 //
 // All threads meet after each op, so one whose core is shared with another program holds up the others for whole time
-// slices, and two threads take longer than one would. The team then leaves out a thread, so that the operating system
-// can give each of the others a core of its own, and now and then tries again with all of them. Results do not depend
-// on the number of threads.
+// slices, and two threads may take longer than one would. The team then leaves out a thread for a moment, so that the
+// operating system can give each of the others a core of its own. If calls take less time like that, it goes on so, and
+// now and then tries again with all of them. Results do not depend on the number of threads.
 #pragma once
 
+#include <cstdint>
 #include <ctime>
 
 namespace octavo {
@@ -23,8 +24,12 @@ inline double cpu_seconds() {
 
 class TeamSize {
 public:
-    // Threads of the next call, at most `most`; `now` in seconds.
-    int next(int most, double now) const { return most > 1 && now < rest_end_ ? most - 1 : most; }
+    // Threads of the next call, at most `most`; `now` in seconds. `work` tells calls apart that take longer than
+    // others.
+    int next(int most, double now, uint64_t work) {
+        if (work != work_) *this = TeamSize(work, held_up_, rest_end_, rested_);
+        return most > 1 && now < rest_end_ ? most - 1 : most;
+    }
 
     // What a call by all threads showed. `wall`: its seconds; `stolen`: those for which threads were kept from their
     // cores, of all threads together; `asleep`: those for which a thread slept until others had arrived, on average of
@@ -33,19 +38,39 @@ public:
         if (wall < kShortest) return;
         const double share = (stolen < asleep ? stolen : asleep) / wall;
         held_up_ += (rested_ ? 1.0 : kWeight) * (share - held_up_);
-        rested_ = held_up_ > kTooMuch;
-        if (rested_) rest_end_ = now + kRest;
+        together_ += (together_ > 0.0 ? kWeight : 1.0) * (wall - together_);
+        const bool is_known = apart_ > 0.0 && now < tried_ + kMemory;
+        rested_ = held_up_ > kTooMuch && (!is_known || apart_ < together_);
+        if (rested_) rest_end_ = now + (is_known ? kRest : kTrial);
     }
+
+    // What one by fewer threads did.
+    void saw_rest(double now, double wall) {
+        if (wall < kShortest) return;
+        apart_ += (apart_ > 0.0 ? kWeight : 1.0) * (wall - apart_);
+        tried_ = now;
+    }
+
+    TeamSize() = default;
 
 private:
     static constexpr double kShortest = 5e-4;  // shorter calls tell nothing about time slices
     static constexpr double kWeight = 0.3;
     static constexpr double kTooMuch = 0.2;
     static constexpr double kRest = 1.0;  // seconds
+    static constexpr double kTrial = 0.1;
+    static constexpr double kMemory = 10.0;
 
+    TeamSize(uint64_t work, double held_up, double rest_end, bool rested)
+        : work_(work), held_up_(held_up), rest_end_(rest_end), rested_(rested) {}
+
+    uint64_t work_ = 0;
     double held_up_ = 0.0;  // share of the time of recent calls
     double rest_end_ = 0.0;
     bool rested_ = false;
+    double together_ = 0.0;  // seconds of recent calls by all threads
+    double apart_ = 0.0;     // by fewer
+    double tried_ = 0.0;     // when that was
 };
 
 }  // namespace octavo
