@@ -20,7 +20,7 @@ from executor.weights_mapper import Cut, WeightsMapper
 STACKS = ("gate_up_proj", "down_proj", "up_proj", "weight")
 """Parameters of transformers' modules. PEFT writes the adapters of several under nested names, which do not say which
 is whose: their sizes do."""
-MODULE = re.compile(r"^(.*?)(?:\.base_layer)*$")
+NESTED = ".base_layer"
 EXPERT = re.compile(r"^.*\.experts\.(\d+)\.")
 
 
@@ -55,7 +55,7 @@ class _Projection:
 
 
 def of_each_expert(
-    tensors: ModuleTensors, mapper: WeightsMapper, linears: Mapping[str, LinearTarget]
+    tensors: ModuleTensors, mapper: WeightsMapper, linears: Mapping[str, LinearTarget], wanted: set[str]
 ) -> dict[str, ModuleTensors]:
     """The adapter of a stack, taken apart.
 
@@ -64,6 +64,7 @@ def of_each_expert(
             experts], a rank's columns one after the other.
         mapper: The names of the model's checkpoints.
         linears: The model's projections.
+        wanted: Names of their weights.
 
     Returns:
         An adapter for each projection of each expert, by its name in the model; empty: it is none of a stack.
@@ -71,12 +72,12 @@ def of_each_expert(
     Raises:
         ModelError: Its sizes are those of none of the layer's stacks.
     """
-    module = MODULE.match(tensors.name)
-    assert module is not None, "it matches anything"
-    wanted = {f"{name}.weight" for name in linears}
-    stacks = {leaf: _projections(mapper, f"{module[1]}.{leaf}", wanted, linears) for leaf in STACKS}
+    if tensors.stored.keys() != {"a", "b"}:
+        return {}
+    module = _without_nesting(tensors.name)
+    stacks = {leaf: _projections(mapper, f"{module}.{leaf}", wanted, linears) for leaf in STACKS}
     stacks = {leaf: found for leaf, found in stacks.items() if found}
-    if not stacks or not tensors.stored.keys() >= {"a", "b"}:
+    if not stacks:
         return {}
     a, b = tensors.read("a", -1, -1), tensors.read("b", -1, -1)
     sizes = {
@@ -86,13 +87,21 @@ def of_each_expert(
     for own, is_turned in (((len(b), a.shape[1]), False), ((a.shape[1], len(b)), True)):
         leaf = next((leaf for leaf, each in sizes.items() if each == own), "")
         if leaf:
-            named = ModuleTensors(f"{module[1]}.{leaf}", tensors.stored)
+            named = ModuleTensors(f"{module}.{leaf}", tensors.stored)
             return _apart(named, stacks[leaf], a, b, is_turned=is_turned)
     known = [f"{leaf} has {results} results of {inputs} inputs" for leaf, (results, inputs) in sizes.items()]
     raise ModelError(
         f"{tensors.stored['a'].origin} has {a.shape[1]} inputs, and B {len(b)} results; of the experts of "
-        f"{shorten(module[1])}, {', '.join(known)}"
+        f"{shorten(module)}, {', '.join(known)}"
     )
+
+
+def _without_nesting(name: str) -> str:
+    """The module that PEFT's modules contain. In linear time, however long the name is."""
+    end = len(name)
+    while name.endswith(NESTED, 0, end):
+        end -= len(NESTED)
+    return name[:end]
 
 
 def _projections(

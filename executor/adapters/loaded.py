@@ -126,7 +126,8 @@ class LoadedAdapters:
         if with_scale(files.content_hash, adapter.scale) != adapter.content_hash:
             raise ModelError(f"{adapter.path}: the adapter's files have changed; load it again")
         if files.config:
-            config, modules = read_config(files.config, files.path), self._with_model_names(read_modules(files))
+            config = read_config(files.config, files.path)
+            modules = self._with_model_names(config, read_modules(files))
         else:
             known = [*self._linears, *self._tables]
             config, modules = read_gguf_adapter(files, self._hf_config, known)
@@ -147,14 +148,24 @@ class LoadedAdapters:
         for change in self._loaded.pop(number, ()):
             change.put(number)
 
-    def _with_model_names(self, stored: dict[str, ModuleTensors]) -> dict[str, ModuleTensors]:
-        """An adapter's modules by the model's names, those of stacked experts one by one."""
+    def _with_model_names(self, config: PeftConfig, stored: dict[str, ModuleTensors]) -> dict[str, ModuleTensors]:
+        """An adapter's modules by the model's names, those of stacked experts one by one.
+
+        Raises:
+            ModelError: The model does not have one of them, or the adapter has one twice.
+        """
         modules: dict[str, ModuleTensors] = {}
+        wanted = {f"{name}.weight" for name in self._linears}
         for tensors in stored.values():
             name = self._mapper.name(f"{tensors.name}.weight").removesuffix(".weight")
             is_stack = name not in self._linears and name not in self._tables
-            experts = of_each_expert(tensors, self._mapper, self._linears) if is_stack else {}
-            modules |= experts or {name: tensors}
+            experts = of_each_expert(tensors, self._mapper, self._linears, wanted) if is_stack else {}
+            if is_stack and not experts:  # at once: patterns and stacks are looked for with known names only
+                raise ModelError(f"{config.source}: {self._why_unknown(name, tensors)}")
+            found = experts or {name: tensors}
+            if twice := modules.keys() & found.keys():
+                raise ModelError(f"{config.source}: two adapters of {min(twice)}; the other one is {tensors.name}")
+            modules |= found
         return modules
 
     def _changes(self, config: PeftConfig, modules: dict[str, ModuleTensors]) -> list[Change]:
@@ -164,8 +175,6 @@ class LoadedAdapters:
         changes = []
         for name, tensors in modules.items():
             table, target = self._tables.get(name), self._linears.get(name)
-            if target is None and table is None:  # first of all: patterns are matched with known names only
-                raise ModelError(f"{config.source}: {self._why_unknown(name, tensors)}")
             self._check_rank(config, tensors)
             if target is not None:
                 if "weight" in tensors.stored and any(name.startswith(prefix) for prefix in self._experts):

@@ -405,6 +405,25 @@ def test_stacks_that_do_not_fit() -> None:
             adapters.load(1, request(folder))
 
 
+def test_names_that_no_adapter_has() -> None:
+    """None takes the place of another unnoticed, is left out, or takes forever to be refused."""
+    base = in_stacks(tiny.checkpoint("mixtral"))
+    _, adapters = adapted(base)
+    folder = write_adapter(base, targets="none", stacks=("down_proj",))
+    stored = load_file(folder / "adapter_model.safetensors")
+    nested = {name.replace(".lora_", ".base_layer.lora_"): tensor for name, tensor in stored.items()}
+    lengths = {name.replace("lora_A.weight", "lora_magnitude_vector"): tensor for name, tensor in stored.items()}
+    endless = {name.replace("experts", "x" + ".base_layer" * 100_000 + "y"): each for name, each in stored.items()}
+    for tensors, message in (
+        (stored | nested, r"two adapters of .*\.experts\.\d+\.down_proj; the other one is"),
+        (stored | lengths, "the model has no layer .*experts that an adapter can change"),
+        (endless, "the model has no layer .* that an adapter can change"),
+    ):
+        save_file({name: each.clone() for name, each in tensors.items()}, folder / "adapter_model.safetensors")
+        with pytest.raises(ModelError, match=message):
+            adapters.load(1, request(folder))
+
+
 def test_matrices_between_latents_and_heads() -> None:
     base = tiny.checkpoint("deepseek_v3")
     _, adapters = adapted(base)
