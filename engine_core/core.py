@@ -23,7 +23,7 @@ from engine_core.grammars import Grammars
 from engine_core.in_flight import InFlight
 from engine_core.kept_cache import KeptCache
 from engine_core.kv_transfer.open import open_transfers
-from engine_core.memory import plan_kv_cache, settle_step_size
+from engine_core.memory import different_kernels, plan_kv_cache, settle_step_size
 from engine_core.messages import (
     EXIT_MODEL,
     AbortRequests,
@@ -191,8 +191,11 @@ class EngineCore:
         try:
             while self.exit_code is None:
                 self.step()
-        finally:
-            self.close()
+        except BaseException:  # another core may follow: agents of other machines wait for it
+            self.executor.kill()
+            self._grammars.close()
+            raise
+        self.close()
         return self.exit_code
 
     def close(self) -> None:
@@ -500,7 +503,7 @@ class EngineCore:
 
     def _init_kv_cache(self) -> None:
         ready = [self._ready[rank] for rank in sorted(self._ready)]
-        misfit = self._kept.misfit(ready)
+        misfit = self._kept.misfit(ready) or different_kernels(ready)
         if misfit is not None:
             self._worker_failed(WorkerFailed(0, misfit, EXIT_MODEL))
             return

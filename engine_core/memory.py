@@ -51,7 +51,7 @@ def plan_kv_cache(ready: list[WorkerReady], config: EngineConfig) -> tuple[Cache
     Returns:
         The cache's shape and the longest sequence, or a one-line message that says what does not fit and what would.
     """
-    problem = _different_groups(ready) or _different_kernels(ready)
+    problem = _different_groups(ready)
     if problem is not None:
         return problem
     sizes = _Sizes(ready, config)
@@ -101,8 +101,12 @@ def _different_groups(ready: list[WorkerReady]) -> str | None:
     return None
 
 
-def _different_kernels(ready: list[WorkerReady]) -> str | None:
-    """The first rank with other kernels than rank 0, as a message: they may round differently."""
+def different_kernels(ready: list[WorkerReady]) -> str | None:
+    """The first rank with other kernels than rank 0, as a message: they may round differently.
+
+    Args:
+        ready: The workers' first messages, by rank. A machine may have taken the place of another since the last ones.
+    """
     first, *others = ready
     for worker in others:
         if worker.kernels != first.kernels:

@@ -59,7 +59,7 @@ from executor.messages import (
 from executor.model_runner import ModelRunner, PendingOutput, StartedStep
 from executor.multiproc import LISTENER, WorkerLaunch
 from executor.nodes.links import NetworkLinks
-from executor.parallel import RANKS, STAGES, ParallelState, places
+from executor.parallel import RANKS, STAGES, ParallelState, num_sharers, places
 from executor.process import read_descriptors, read_payload
 from executor.readiness import worker_ready
 from executor.stages import Stage, StageRoom, connect
@@ -199,7 +199,7 @@ class Worker:
             memory.total_bytes,
             communicator,
             config.lora.max_loaded,
-            free_bytes // max(1, config.parallel.num_shares // config.parallel.nnodes),
+            free_bytes // num_sharers(config.parallel, self.parallel.node_rank),
         )
         op_set = ops.op_set(device.torch_device.type).name
         check_adapters(config.lora, loaded, config.parallel.world_size, op_set)

@@ -27,10 +27,10 @@ from executor.liveness import MAX_TICK, sample_process
 from executor.log import get_logger, printable, setup_logging
 from executor.multiproc import LocalWorkers, Network
 from executor.nodes.addresses import address_towards, endpoint_of, numeric, use_ipv6
+from executor.nodes.frames import bound_frames, in_frames
 from executor.nodes.head import open_listeners
 from executor.nodes.keys import FAILED_HANDSHAKES, Curve, read_key_file
 from executor.nodes.messages import (
-    MOST_BYTES,
     NODE_TIMEOUT,
     PING_INTERVAL,
     FromAgent,
@@ -103,7 +103,7 @@ class NodeAgent:
         socket.setsockopt(zmq.IDENTITY, secrets.token_hex(16).encode())
         socket.setsockopt(zmq.IMMEDIATE, 1)  # what is said while nobody listens is not kept
         socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.MAXMSGSIZE, MOST_BYTES)
+        bound_frames(socket)
         socket.setsockopt(zmq.RECONNECT_IVL, 200)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
         socket.setsockopt(zmq.HEARTBEAT_IVL, int(PING_INTERVAL * 1000))  # else a machine that vanished is not noticed
@@ -146,11 +146,11 @@ class NodeAgent:
             self._look_at_connection()
         while self._exit_code is None:
             try:
-                frame = self._socket.recv(zmq.NOBLOCK)
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
             try:
-                self._handle(self._decoder.decode(frame))
+                self._handle(self._decoder.decode(b"".join(frames)))
             except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 logger.error("dropped a malformed message of the leader: %s", error)
         self._pass_on()
@@ -177,7 +177,7 @@ class NodeAgent:
 
     def _send(self, message: FromAgent) -> None:
         try:
-            self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
+            self._socket.send_multipart(in_frames(self._encoder.encode(message)), zmq.NOBLOCK)
         except zmq.Again:  # there is no connection
             if self._has_joined:
                 self._leave("the connection to the leader has ended")

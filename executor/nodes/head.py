@@ -66,7 +66,9 @@ class NodesExecutor:
         self._config = config
         self._ranks = places(config.parallel)
         self._local = LocalWorkers(ipc_dir, log_level)
-        self._num_lives = 0
+        self._num_lives = self._num_attempts = 0
+        self._has_launched = False
+        """There may be KV caches in the memory of other machines."""
         self._phase = DOWN
         self._prepared: dict[int, dict[str, str]] = {}
         """Endpoints of the ranks of machines, by rank of the machine."""
@@ -92,7 +94,7 @@ class NodesExecutor:
     @property
     def _life(self) -> str:
         assert self._members is not None
-        return f"{self._members.session}.{self._num_lives}"
+        return f"{self._members.session}.{self._num_lives}.{self._num_attempts}"
 
     def start(self) -> None:
         self._num_lives += 1
@@ -109,10 +111,11 @@ class NodesExecutor:
             self._listeners = {name: descriptor for name, (descriptor, _) in own.items()}
             self._prepared = {0: {name: endpoint for name, (_, endpoint) in own.items()}}
             self._phase = PREPARING
+            self._num_attempts += 1  # an answer to an earlier attempt names sockets that are closed
             members.broadcast(PrepareNode(self._life, self._config))
         if self._phase == PREPARING and len(self._prepared) == self._config.parallel.nnodes:
             endpoints = {name: endpoint for each in self._prepared.values() for name, endpoint in each.items()}
-            self._phase = LAUNCHING
+            self._phase, self._has_launched = LAUNCHING, True
             members.broadcast(LaunchNode(self._life, members.addresses, endpoints))
             network = Network(cluster_key=self._secret, addresses=members.addresses, endpoints=endpoints)
             own_ranks = [each for each in self._ranks if each.node_rank == 0]
@@ -157,7 +160,7 @@ class NodesExecutor:
 
     def _lost(self, loss: WorkerDiedError) -> None:
         """A machine was lost. If nothing of it is lost with it, it is waited for again."""
-        if self._phase < LAUNCHING and (self._num_lives == 1 or not loss.loses_memory):
+        if self._phase < LAUNCHING and not (loss.loses_memory and self._has_launched):
             self._close_listeners()
             self._phase = min(self._phase, WAITING)
         elif self._error is None or loss.loses_memory:
@@ -227,4 +230,5 @@ class NodesExecutor:
     def forget_memory(self) -> None:
         if self._members is not None:
             self._members.broadcast(KillNode(forgets_memory=True))
+        self._has_launched = False
         self._local.forget_memory()

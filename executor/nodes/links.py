@@ -1,6 +1,6 @@
 """Links between pipeline stages on different machines: a socket for each pair of ranks and direction.
 
-A message is two frames: the number of its step, and the tensor's bytes. The end that gets messages waits for the
+A message is the number of its step, and the tensor's bytes in frames. The end that gets messages waits for the
 connection, on a socket that the machine's agent opened before any rank was started.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from executor.multiproc import Network
 from executor.nodes.addresses import use_ipv6
+from executor.nodes.frames import bound_frames, in_frames
 from executor.nodes.keys import Curve, Gate
 from executor.parallel import ParallelState, awaited_from_afar
 from executor.stages import as_bytes
@@ -26,8 +27,6 @@ CHECK_TIMEOUT = 60.0
 _NUMBER = struct.Struct("<q")
 _GREETING = -1
 """In place of a step's number."""
-_MOST_BYTES = 1 << 31
-"""Size of the longest message that is taken."""
 
 
 class LinkError(RuntimeError):
@@ -47,7 +46,7 @@ class NetworkTarget:
         self._socket.send_multipart([_NUMBER.pack(_GREETING), b""])
 
     def send(self, step_id: int, tensor: Tensor) -> None:
-        self._socket.send_multipart([_NUMBER.pack(step_id), as_bytes(tensor).data])
+        self._socket.send_multipart([_NUMBER.pack(step_id), *in_frames(as_bytes(tensor).data)])
 
     def close(self) -> None:
         self._socket.close(linger=0)
@@ -60,12 +59,12 @@ class NetworkSource:
         """Takes over ``listener``, the socket of the endpoint."""
         self._socket: zmq.Socket[bytes] = context.socket(zmq.PULL)
         self._socket.set_hwm(0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, _MOST_BYTES)
+        bound_frames(self._socket)
         use_ipv6(self._socket, endpoint)
         curve.accept(self._socket)
         self._socket.setsockopt(zmq.USE_FD, listener)
         self._socket.bind(endpoint)
-        self._messages: deque[tuple[int, bytes]] = deque()
+        self._messages: deque[tuple[int, list[bytes]]] = deque()
         self._count = 0
 
     def wait_for_greeting(self, timeout: float) -> bool:
@@ -78,17 +77,18 @@ class NetworkSource:
     def num_arrived(self) -> int:
         while True:  # to the end: the descriptor tells of changes, not of messages that are there
             try:
-                head, data = self._socket.recv_multipart(zmq.NOBLOCK)
+                head, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return self._count
-            self._messages.append((_NUMBER.unpack(head)[0], data))
+            self._messages.append((_NUMBER.unpack(head)[0], frames))
             self._count += 1
 
     def take(self, step_id: int) -> Tensor:
-        number, data = self._messages.popleft()
+        number, frames = self._messages.popleft()
         if number != step_id:
             raise LinkError(f"the connection to another machine broke: step {step_id} is missing, step {number} came")
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        data = bytearray().join(frames)
+        return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
     def fileno(self) -> int:
         return int(self._socket.getsockopt(zmq.FD))

@@ -20,9 +20,9 @@ from executor.identity import code_digest, model_digest
 from executor.liveness import MAX_TICK
 from executor.log import get_logger, printable
 from executor.nodes.addresses import endpoint_of, numeric, use_ipv6
+from executor.nodes.frames import bound_frames, in_frames
 from executor.nodes.keys import FAILED_HANDSHAKES, Curve, Gate
 from executor.nodes.messages import (
-    MOST_BYTES,
     NODE_TIMEOUT,
     PING_INTERVAL,
     FromAgent,
@@ -40,6 +40,8 @@ logger = get_logger()
 
 REMINDER = 5.0
 """Seconds between lines that say who is missing."""
+EVENTS_PER_TURN = 32
+"""Ends of connections looked at in a turn of the core's loop: strangers can make any number."""
 GOODBYE_TIMEOUT = 1000
 """Milliseconds that last messages have to reach agents."""
 
@@ -88,8 +90,9 @@ class Members:
         self._gate = Gate(self._context, curve, lambda: os.eventfd_write(self._clock, 1), PING_INTERVAL)
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # else who reconnects is never heard if the old one seems alive
         self._socket.setsockopt(zmq.LINGER, GOODBYE_TIMEOUT)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MOST_BYTES)
+        bound_frames(self._socket)
         self._socket.set_hwm(0)
         use_ipv6(self._socket, self.endpoint)
         curve.accept(self._socket)
@@ -105,6 +108,7 @@ class Members:
                 f"--master-addr {parallel.master_addr} --master-port {parallel.master_port}: cannot wait for other "
                 f"machines at {self.endpoint}: {error.strerror}"
             ) from None
+        self._monitor.setsockopt(zmq.RCVHWM, 0)  # if it were full of strangers, ZeroMQ's thread would wait
 
     @property
     def missing(self) -> list[int]:
@@ -137,7 +141,7 @@ class Members:
 
     def _send(self, identity: bytes, message: ToAgent) -> bool:
         try:
-            self._socket.send_multipart([identity, self._encoder.encode(message)], zmq.NOBLOCK)
+            self._socket.send_multipart([identity, *in_frames(self._encoder.encode(message))], zmq.NOBLOCK)
         except zmq.ZMQError:  # its connection has ended
             return False
         return True
@@ -234,11 +238,16 @@ class Members:
             self._remind()
 
     def _look_at_connections(self) -> None:
-        while self._monitor.poll(0):
+        has_ended = False
+        for _ in range(EVENTS_PER_TURN):
+            if not self._monitor.poll(0):
+                break
             if parse_monitor_message(self._monitor.recv_multipart())["event"] == zmq.EVENT_DISCONNECTED:
-                self._ping()
+                has_ended = True
             else:
                 self._num_strangers += 1
+        if has_ended:
+            self._ping()
 
     def _ping(self) -> None:
         """Shows that the leader lives. Who cannot be told is gone."""

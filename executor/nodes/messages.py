@@ -10,8 +10,6 @@ from __future__ import annotations
 from executor.config import ExecutorConfig
 from executor.messages import Message
 
-MOST_BYTES = 256 << 20
-"""Size of the longest message that is taken: what workers get and send is small, but for log probabilities."""
 PING_INTERVAL = 1.0
 """Seconds between signs of life, both ways."""
 NODE_TIMEOUT = 8.0

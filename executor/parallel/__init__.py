@@ -8,7 +8,14 @@ from executor.parallel.memory import (
     create_shared_memory,
 )
 from executor.parallel.split import HeadShare, Share, split_columns, split_heads, split_layers
-from executor.parallel.state import ParallelState, awaited_from_afar, hidden_event, places, tokens_event
+from executor.parallel.state import (
+    ParallelState,
+    awaited_from_afar,
+    hidden_event,
+    num_sharers,
+    places,
+    tokens_event,
+)
 
 __all__ = [
     "RANKS",
@@ -21,6 +28,7 @@ __all__ = [
     "awaited_from_afar",
     "create_shared_memory",
     "hidden_event",
+    "num_sharers",
     "numa_nodes",
     "places",
     "split_columns",

@@ -57,6 +57,11 @@ def places(config: ParallelConfig) -> list[ParallelState]:
     ]
 
 
+def num_sharers(config: ParallelConfig, node_rank: int) -> int:
+    """How many ranks of one copy of the model share a machine's memory."""
+    return sum(each.node_rank == node_rank for each in places(config)) // config.num_mirrors
+
+
 def awaited_from_afar(ranks: Sequence[ParallelState], own: ParallelState) -> dict[str, ParallelState]:
     """Which of a rank's events ranks of other machines cause, by name, and which rank that is.
 
