@@ -59,6 +59,9 @@ REQUEST_COST = 512
 """What starting a request costs besides its tokens, in tokens."""
 PATIENCE = 8
 """Results without drafts after which plans allow none until the workers have some again."""
+RETRY_PERIOD = 32
+"""Of as many results without drafts, the first ``PATIENCE`` let plans allow some: a worker whose results come late has
+launched the next step before it finds drafts, and can keep them only if that step waits for them."""
 
 
 class Scheduler:
@@ -269,7 +272,7 @@ class Scheduler:
         """Whether workers may have drafts for rows of a plan, or grammars may."""
         if not self.max_draft_tokens:
             return False
-        return self._num_barren < PATIENCE or bool(self.table.has_grammar[slots].any())
+        return self._num_barren % RETRY_PERIOD < PATIENCE or bool(self.table.has_grammar[slots].any())
 
     def _allow_drafts(self, slots: I32, budget: int, updates: list[list[int]]) -> I64:
         """Lets decoding rows verify drafts, with the tokens and blocks that all others leave.

@@ -62,23 +62,27 @@ class CoreSocket:
     def stop(self) -> None:
         """Handles no more messages."""
         self._is_closing = True
+        if self._loop is not None:  # what nobody reads would wake it again and again
+            for each in (self._listener, *(link.socket for link in self._links())):
+                self._loop.remove_reader(each.fileno())
 
     def close(self) -> None:
         """Releases everything."""
         self.stop()
-        for link in (*self._strangers, *filter(None, (self._link,))):
+        for link in self._links():
             self._drop(link)
         if self._path:
-            assert self._loop is not None
-            self._loop.remove_reader(self._listener.fileno())
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path)
         self._listener.close()
 
+    def _links(self) -> list[_Link]:
+        return [*self._strangers, *filter(None, (self._link,))]
+
     def _accept(self) -> None:
         """Accepts the connections of engine cores, and listens to what they say first."""
         assert self._loop is not None
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # there are no more, or too many open files
             while True:
                 link = _Link(FrameSocket(self._listener.accept()[0]))
                 self._strangers.append(link)

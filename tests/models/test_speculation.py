@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from executor.config import ModelConfig, SpeculativeConfig
 from executor.device.base import Device
 from executor.device.cpu import CpuDevice
 from executor.messages import InitKVCache, WorkerReady
+from executor.model_runner import ModelRunner
+from executor.speculative.step_costs import StepCosts
 from tests import tiny
 from tests.late_device import LateDevice
 from tests.models.harness import random_tokens
@@ -290,3 +293,33 @@ def test_chunks_preemptions_and_restarts_change_nothing(
     assert run_with_restarts(engine, setup["num_blocks"]) == expected, "bit for bit"
     assert engine.scheduler.num_preemptions > 0
     assert engine.scheduler.drafts.num_draft_tokens > 0 or proposer in ("suffix", "ngram")
+
+
+def test_late_results_have_drafts_once_a_text_repeats_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is new, plans allow no drafts, and steps are launched before the last results are there."""
+    monkeypatch.setattr(StepCosts, "add", lambda *args: None)  # times decide nothing
+    path = tmp_path / "scripts.json"
+    prompt, passage = random_tokens(9, 1), list(range(20, 60))
+    output = passage * 4
+    path.write_text(json.dumps([{"prompt": prompt, "output": output}]))
+    device = LateDevice(by_itself=False)
+    engine = Engine(device, monkeypatch, forced_outputs=str(path), speculative=PROPOSERS["suffix"])
+    engine.add(0, prompt, ResolvedParams(temperature=0.0, max_tokens=len(output)))
+    engine.run()
+    assert engine.outputs[0] == output
+    assert device.channel is not None and device.channel.most_in_flight == 2
+    assert engine.num_accepted > len(passage)
+
+
+def test_a_stage_waits_for_the_tokens_before_a_plan_without_drafts() -> None:
+    """All stages propose drafts after the same tokens, so that they verify the same ones."""
+
+    def waits(max_drafts: int, lacks_tokens: bool, drafts: bytes = b"") -> bool:
+        stage = SimpleNamespace(is_last=False, lacks_tokens=lambda plan, states: lacks_tokens)
+        speculation = SimpleNamespace(max_drafts=max_drafts, is_expected=lambda slots: True)
+        runner: Any = SimpleNamespace(stage=stage, speculation=speculation, states=None)
+        plan: Any = SimpleNamespace(num_draft_tokens=drafts, forced_drafts=(), slots=bytes(4))
+        return ModelRunner.must_wait_for_drafts(runner, plan)
+
+    assert waits(3, True) and not waits(3, False), "nothing to wait for"
+    assert waits(3, True, b"\x03") and not waits(0, True), "nobody proposes drafts"

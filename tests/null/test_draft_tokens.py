@@ -135,6 +135,20 @@ def test_plans_allow_drafts_only_while_workers_may_have_some(depth: int) -> None
     assert any(allowed[length] for length in allowed if 22 < length < 34)
 
 
+def test_plans_allow_drafts_again_for_workers_that_launch_the_next_step_before_they_find_some() -> None:
+    right = proposer()
+
+    def propose(tokens: list[int]) -> list[int]:
+        is_launched = engine.in_flight and not engine.in_flight[0][0].num_draft_tokens
+        return right(tokens) if len(tokens) > 22 and not is_launched else []
+
+    engine = Engine.create(depth=2, max_draft_tokens=MAX_DRAFTS, propose=propose)
+    prompt = next(prompt for prompt in prompts(400, 4) if len(expected_output(prompt, 55)) == 55)
+    engine.scheduler.add_request(make_request(0, prompt, 55))
+    engine.run()
+    assert engine.outputs[0] == expected_output(prompt, 55) and engine.device.num_accepted > 10
+
+
 def test_no_draft_goes_beyond_the_length_that_a_request_may_have() -> None:
     engine = Engine.create(depth=3, max_draft_tokens=MAX_DRAFTS, propose=proposer(), num_blocks=256)
     inputs = [prompt for prompt in prompts(60, 10) if STOP not in expected_output(prompt, 20)[:20]][:8]

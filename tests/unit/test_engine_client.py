@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import select
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ from api.engine import client as engine_client
 from api.engine.blame import REFUSAL_TIME, Culprits
 from api.engine.channel import Delta
 from api.engine.client import EngineClient
-from api.engine.core_socket import ROWS_PER_TURN
+from api.engine.core_socket import ROWS_PER_TURN, CoreSocket
 from api.engine.metrics import EngineMetrics
 from api.engine.outbox import REQUESTS_PER_TURN
 from api.engine.queue_bound import NOBODY
@@ -670,6 +672,30 @@ async def test_a_core_that_cannot_be_started_again_is_given_up(harness: Harness)
     assert harness.fatal == [harness.client.dead] and harness.client.dead is not None
     with pytest.raises(EngineDeadError):
         harness.submit()
+
+
+async def test_what_comes_after_the_end_does_not_wake_the_event_loop(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[None] = []
+    monkeypatch.setattr(CoreSocket, "take", lambda socket: taken.append(None))
+    harness.client._socket.stop()
+    harness.supervisor.core.ready()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not taken
+
+
+async def test_a_core_ends_while_no_file_can_be_opened(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(listener: socket.socket) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    harness.supervisor.core.close()
+    await until(lambda: harness.client._socket._link is None)
+    with monkeypatch.context() as patch:
+        patch.setattr(socket.socket, "accept", full)
+        harness.supervisor.die()
+    assert len(harness.supervisor.cores) == 2
 
 
 async def test_last_words_are_heard_even_if_the_end_is_noticed_first(harness: Harness) -> None:
