@@ -63,8 +63,8 @@ class CoreSocket:
         """Handles no more messages."""
         self._is_closing = True
         if self._loop is not None:  # what nobody reads would wake it again and again
-            for each in (self._listener, *(link.socket for link in self._links())):
-                self._loop.remove_reader(each.fileno())
+            for descriptor in (self._listener.fileno(), *(link.socket.fileno() for link in self._links())):
+                self._loop.remove_reader(descriptor)
 
     def close(self) -> None:
         """Releases everything."""

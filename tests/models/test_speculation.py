@@ -299,7 +299,7 @@ def test_late_results_have_drafts_once_a_text_repeats_itself(tmp_path: Path, mon
     """While it is new, plans allow no drafts, and steps are launched before the last results are there."""
     monkeypatch.setattr(StepCosts, "add", lambda *args: None)  # times decide nothing
     path = tmp_path / "scripts.json"
-    prompt, passage = random_tokens(9, 1), list(range(20, 60))
+    prompt, passage = random_tokens(9, 1), list(range(20, 44))
     output = passage * 4
     path.write_text(json.dumps([{"prompt": prompt, "output": output}]))
     device = LateDevice(by_itself=False)
