@@ -36,7 +36,7 @@ from api.commands.eval_quant import read_texts
 from api.commands.quantize import write_gguf
 
 AT_LOAD = ("int8@float", "int8@int8", "fp8", "int4@float", "int4@int8")
-FILES = ("Q8_0", "Q5_1", "Q4_1", "Q4_0")
+FILES = ("Q8_0", "Q4_1", "Q4_0")
 OTHER_FILES = ("Q6_K", "Q4_K_M")
 """Those that need llama.cpp's tool."""
 NEAREST = "nearest"

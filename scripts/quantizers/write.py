@@ -82,7 +82,7 @@ def bitsandbytes(scheme: str, folder: Path, source: Path) -> None:
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(**BNB[scheme])
-    options = {"quantization_config": config, "device_map": "cpu", "dtype": torch.float32}
+    options = {"quantization_config": config, "device_map": "cpu", "dtype": torch.float16}
     model = AutoModelForCausalLM.from_pretrained(source, **options)
     model.save_pretrained(folder / "quantized")
     save_plain(model.dequantize(dtype=torch.float32), folder, source)
@@ -163,7 +163,7 @@ def llmcompressor(scheme: str, folder: Path, source: Path) -> None:
     from transformers.utils.quantization_config import CompressedTensorsConfig
 
     config = CompressedTensorsConfig(run_compressed=False)
-    options = {"quantization_config": config, "dtype": torch.float32}
+    options = {"quantization_config": config, "dtype": torch.float16}
     loaded = AutoModelForCausalLM.from_pretrained(folder / "quantized", **options)
     save_plain(loaded, folder, source)
     save_logits(folder, loaded if scheme in ROUNDED else None)
@@ -267,7 +267,8 @@ def gptqmodel(scheme: str, folder: Path, source: Path) -> None:
     model = GPTQModel.load(str(source), QuantizeConfig(group_size=32, **GPTQMODEL[scheme]))
     model.quantize(list(dataset()), batch_size=1, tokenizer=tokenizer())
     model.save(str(folder / "quantized"))
-    loaded = GPTQModel.load(str(folder / "quantized"), backend=BACKEND.TORCH, device="cpu")
+    exact: dict[str, Any] = {"backend": BACKEND.TORCH, "device": "cpu", "dtype": torch.float16}
+    loaded = GPTQModel.load(str(folder / "quantized"), **exact)  # in bfloat16, scales would be rounded first
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     layers: dict[str, Any] = dict(loaded.model.named_modules())
     for name, module in plain.named_modules():
