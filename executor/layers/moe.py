@@ -52,7 +52,7 @@ class SmallLinear(nn.Module):
         self.shape = LinearShape(columns, {None: rows}, bias, False, context.dtype, context.device)
         self.weights = choose_quantization(None, None).linear_method(["gate"]).create(self.shape)
         if context.max_adapters:
-            self.weights.adapters = ops.AdapterTable(context.max_adapters)
+            self.weights.adapters = ops.AdapterTable(context.max_adapters, context.device)
 
     def logits(self, x: Tensor, batch: InputBatch) -> Tensor:
         """``x`` [num_tokens, hidden_size] -> float32 [num_tokens, out_features]."""

@@ -10,6 +10,7 @@ import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from executor.adapter_files import adapter_hash, rescaled
 from executor.adapters import LoadedAdapters, check_adapters
 from executor.base import ModelError
 from executor.config import LoRAConfig
+from executor.layers.moe import SmallLinear
 from executor.layers.parameter import Weights
 from executor.loader import LoadedModel
 from executor.messages import LoRARequest
@@ -434,3 +436,10 @@ def test_matrices_between_latents_and_heads() -> None:
 def test_memory_is_known() -> None:
     _, adapters = adapted(tiny.checkpoint("llama"))
     assert adapters.num_bytes(0) > 0 and ALL_LINEAR
+
+
+def test_the_adapters_of_a_router_are_looked_up_on_its_device() -> None:
+    sizes = SimpleNamespace(hidden_size=8)
+    context: Any = SimpleNamespace(config=sizes, dtype=torch.bfloat16, device=torch.device("meta"), max_adapters=2)
+    adapters = SmallLinear(context, 4).weights.adapters
+    assert adapters is not None and adapters.addresses.is_meta
