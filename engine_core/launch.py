@@ -7,7 +7,6 @@ from pathlib import Path
 import msgspec
 
 from engine_core.config import Config, EngineConfig, ExecutorConfig
-from engine_core.frames import FrameSocket
 from engine_core.last_work import LastWork, read_flight_record
 from executor.base import WORKER_MODULE, ModelError
 from executor.device.base import device_problem
@@ -37,7 +36,7 @@ class EngineCoreLaunch(Config, frozen=True):
 
     config: EngineConfig
     address: str
-    """Path of the api's socket."""
+    """Address of the api's ROUTER socket."""
     ipc_dir: str
     """A directory of mode 0700 for the workers' sockets."""
     engine_epoch: int
@@ -104,7 +103,7 @@ def _early_children(config: EngineConfig) -> list[str]:
 
 
 def engine_identity(engine_epoch: int) -> bytes:
-    """What an engine core says first when it has connected to the api."""
+    """The identity with which an engine core connects to the ROUTER socket."""
     return f"engine_core.{engine_epoch}".encode()
 
 
@@ -112,7 +111,6 @@ __all__ = [
     "STOPPED_TIMEOUT",
     "ChildProcess",
     "EngineCoreLaunch",
-    "FrameSocket",
     "Helper",
     "HelperError",
     "HelperLimits",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ import zmq
 
 from engine_core.core import EngineCore, create_executor
 from engine_core.flight_record import FlightRecord
-from engine_core.frames import FrameSocket
 from engine_core.launch import EngineCoreLaunch, engine_identity
 from engine_core.messages import FromEngineCore, SiblingRequests, ToEngineCore
 from executor.log import get_logger, setup_logging
@@ -23,75 +21,56 @@ from executor.process import read_payload
 
 logger = get_logger()
 
-LINGER = 2.0
-"""Seconds at the end in which the api may still take messages."""
 REQUESTS_PER_TURN = 64
 """Maximum requests received per turn of the loop, so that a burst delays running streams by milliseconds only."""
 
 
-class SocketTransport:
-    """A connection to the api, polled together with the executor and the api's pipe."""
+class ZmqTransport:
+    """A DEALER socket to the api, polled together with the executor and the api's pipe."""
 
-    def __init__(self, path: str, identity: bytes) -> None:
-        """Connects.
-
-        Args:
-            path: Of the api's socket.
-            identity: What is said first: which engine core it is.
-        """
-        self._link = FrameSocket.connect(path)
-        self._link.send(identity)
-        self._frames: deque[bytes] = deque()
-        """Those that were read and not handled."""
+    def __init__(self, address: str, identity: bytes) -> None:
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, identity)
+        self._socket.setsockopt(zmq.LINGER, 2000)
+        self._socket.set_hwm(0)
+        self._socket.connect(address)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToEngineCore)
         self._parent_pipe = sys.stdin.fileno()
         self._watched: Sequence[Any] | None = None
-        self._watches_room = False
         self._poller = zmq.Poller()
 
     def send(self, message: FromEngineCore) -> None:
-        self._link.send(self._encoder.encode(message))
+        self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
 
     def wait(self, fds: Sequence[Any], timeout: float | None) -> list[ToEngineCore] | None:
-        if fds != self._watched or self._link.has_unsent != self._watches_room:
-            self._watch(fds)
-        if self._frames:
-            timeout = 0
+        if fds != self._watched:
+            self._watched = fds
+            self._poller = zmq.Poller()
+            self._poller.register(self._socket, zmq.POLLIN)
+            self._poller.register(self._parent_pipe, zmq.POLLIN)
+            for fd in fds:
+                self._poller.register(fd, zmq.POLLIN)
         events = dict(self._poller.poll(None if timeout is None else int(timeout * 1000)))
         if self._parent_pipe in events:
             return None
-        event = events.get(self._link.fileno(), 0)
-        if event & zmq.POLLOUT:
-            self._link.flush()
-        if event & ~zmq.POLLOUT and not self._frames:
-            self._frames += self._link.receive()
-            if self._link.is_closed and not self._frames:
-                return None
-        return self._take()
-
-    def _watch(self, fds: Sequence[Any]) -> None:
-        self._watched, self._watches_room = fds, self._link.has_unsent
-        self._poller = zmq.Poller()
-        self._poller.register(self._link.fileno(), zmq.POLLIN | (zmq.POLLOUT if self._watches_room else 0))
-        self._poller.register(self._parent_pipe, zmq.POLLIN)
-        for fd in fds:
-            self._poller.register(fd, zmq.POLLIN)
-
-    def _take(self) -> list[ToEngineCore]:
         messages: list[ToEngineCore] = []
         room = REQUESTS_PER_TURN
-        while self._frames and room > 0:  # the rest is for the next turn
+        while self._socket in events and room > 0:  # the rest is read in the next turn
             try:
-                message = self._decoder.decode(self._frames.popleft())
+                message = self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
                 messages.append(message)
                 room -= len(message.seeds) if isinstance(message, SiblingRequests) else 1
+            except zmq.Again:
+                break
             except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 logger.error("dropped a malformed message: %s", error)
         return messages
 
     def close(self) -> None:
-        self._link.close(LINGER)
+        self._socket.close()
+        self._context.term()
 
 
 def run() -> int:
@@ -107,7 +86,7 @@ def run() -> int:
         setproctitle.setproctitle(f"octavo {name}")
         os.sched_setaffinity(0, split_cores(num_replicas)[launch.replica])
     setup_logging(name, launch.log_level)
-    transport = SocketTransport(launch.address, engine_identity(launch.engine_epoch))
+    transport = ZmqTransport(launch.address, engine_identity(launch.engine_epoch))
     executor = create_executor(launch.config, launch.ipc_dir, launch.log_level, launch.engine_epoch)
     try:
         record = FlightRecord(launch.record_path)

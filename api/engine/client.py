@@ -67,6 +67,9 @@ LOAD_PING_TIMEOUT = 60.0
 UNREADY_TIME = 3.0
 """Seconds without a message after which the engine counts as not ready."""
 
+LAST_WORDS_TIMEOUT = 200
+"""Milliseconds to wait for the last message of an engine core that exited with an error."""
+
 MAX_ABORTS_PER_TURN = 256
 
 ControlMessage = Ping | StatusRequest | ResetPrefixCache | EnsureAdapter | SleepRequest | WakeUpRequest
@@ -85,7 +88,7 @@ class _Life:
 
 
 class EngineClient:
-    """One engine core behind a socket, supervised and restarted."""
+    """One engine core behind a ROUTER socket, supervised and restarted."""
 
     def __init__(
         self,
@@ -567,6 +570,8 @@ class EngineClient:
 
     def _on_exit(self, code: int) -> None:
         """Restarts the engine core after an unexpected exit, unless its last message said that it is dead for good."""
+        if code > 0 and self._last_words is None:
+            self._socket.wait(LAST_WORDS_TIMEOUT)  # its last message may still be in transit
         if self._socket.take():
             assert self._loop is not None
             self._loop.call_soon(self._on_exit, code)  # there are more messages from it

@@ -1,17 +1,14 @@
-"""The api's socket to an engine core."""
+"""The api's socket to an engine core. This module is the only user of ZeroMQ in this package."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import socket
-from collections import deque
 from collections.abc import Callable
 
 import msgspec
+import zmq
 
-from engine_core.launch import FrameSocket, engine_identity, get_logger
+from engine_core.launch import engine_identity, get_logger
 from engine_core.messages import FromEngineCore
 
 logger = get_logger()
@@ -22,14 +19,13 @@ consumers and new connections get their turns. Several steps at once are cheaper
 share writes."""
 BYTES_PER_ROW = 16
 """Bytes of a message that count as one row. A row with more than a token takes more of both, bytes and time."""
-BACKLOG = 8
 
 
 class CoreSocket:
-    """A listening socket that knows one engine core at a time and ignores all earlier ones.
+    """A ROUTER socket that knows one engine core at a time and ignores all earlier ones.
 
     Attributes:
-        epoch: Number of the engine core that it talks to. A connection begins with it.
+        epoch: Number of the engine core that it talks to.
     """
 
     def __init__(self, handle: Callable[[FromEngineCore], None]) -> None:
@@ -41,97 +37,50 @@ class CoreSocket:
         self.epoch = 0
         self._handle = handle
         self._decoder = msgspec.msgpack.Decoder(FromEngineCore)
-        self._path = ""
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._link: _Link | None = None
-        """The connection of the present engine core, or of the last one."""
-        self._strangers: list[_Link] = []
-        """Connections that have not said whose they are."""
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._fd = -1
         self._receives_soon = self._is_closing = False
 
-    def open(self, path: str) -> None:
+    def open(self, address: str) -> None:
         """Binds the socket and listens in the running event loop."""
         self._loop = asyncio.get_running_loop()
-        self._path = path
-        self._listener.setblocking(False)
-        self._listener.bind(path)
-        self._listener.listen(BACKLOG)
-        self._loop.add_reader(self._listener.fileno(), self._on_connection)
+        socket = self._socket
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.set_hwm(0)
+        socket.bind(address)
+        self._fd = int(socket.getsockopt(zmq.FD))
+        self._loop.add_reader(self._fd, self._on_readable)
 
     def stop(self) -> None:
         """Handles no more messages."""
         self._is_closing = True
-        if self._loop is not None:  # what nobody reads would wake it again and again
-            for descriptor in (self._listener.fileno(), *(link.socket.fileno() for link in self._links())):
-                self._loop.remove_reader(descriptor)
 
     def close(self) -> None:
         """Releases everything."""
         self.stop()
-        for link in self._links():
-            self._drop(link)
-        if self._path:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._path)
-        self._listener.close()
-
-    def _links(self) -> list[_Link]:
-        return [*self._strangers, *filter(None, (self._link,))]
-
-    def _accept(self) -> None:
-        """Accepts the connections of engine cores, and listens to what they say first."""
-        assert self._loop is not None
-        with contextlib.suppress(OSError):  # there are no more, or too many open files
-            while True:
-                link = _Link(FrameSocket(self._listener.accept()[0]))
-                self._strangers.append(link)
-                self._loop.add_reader(link.socket.fileno(), self._on_readable, link)
-        for link in list(self._strangers):
-            self._meet(link)
-
-    def _meet(self, link: _Link) -> None:
-        """Keeps a connection if it is that of the present engine core, once that is known."""
-        link.read()
-        if link.identity == engine_identity(self.epoch):
-            self._strangers.remove(link)
-            if self._link is not None:
-                self._drop(self._link)
-            self._link = link
-        elif link.identity or link.socket.is_closed:
-            self._drop(link)
-
-    def _drop(self, link: _Link) -> None:
-        assert self._loop is not None
-        self._loop.remove_reader(link.socket.fileno())
-        self._loop.remove_writer(link.socket.fileno())
-        link.socket.close()
-        if link is self._link:
-            self._link = None
-        else:
-            self._strangers.remove(link)
-
-    def _present(self) -> _Link | None:
-        """The connection of the present engine core."""
-        link = self._link
-        return link if link is not None and link.identity == engine_identity(self.epoch) else None
+        if self._fd >= 0:
+            assert self._loop is not None
+            self._loop.remove_reader(self._fd)
+        self._socket.close(linger=0)
+        self._context.term()
 
     def send(self, frame: bytes) -> None:
-        """Sends an encoded message. It is lost if the engine core is gone; the journal has the request."""
-        link = self._present()
-        if link is None:
-            logger.debug("message not delivered: there is no engine core")
-            return
-        link.socket.send(frame)
-        if link.socket.has_unsent:
-            assert self._loop is not None
-            self._loop.add_writer(link.socket.fileno(), self._flush, link)
+        """Sends an encoded message. It is lost if the engine core is gone."""
+        try:
+            self._socket.send_multipart((engine_identity(self.epoch), frame), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            # The process is gone but its exit is not noticed yet; the journal has the request.
+            logger.debug("message not delivered: %s", error)
+        # ZeroMQ's descriptor is edge-triggered; sending may have consumed an event.
+        if not self._socket.closed and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._receive_soon()
 
-    def _flush(self, link: _Link) -> None:
-        link.socket.flush()
-        if not link.socket.has_unsent:
-            assert self._loop is not None
-            self._loop.remove_writer(link.socket.fileno())
+    def wait(self, milliseconds: int) -> bool:
+        """Blocks until there is a message, at most for that time. Returns whether there is one."""
+        return bool(self._socket.poll(milliseconds))
 
     def _receive_soon(self) -> None:
         """Schedules ``_receive`` for the next iteration of the loop, once per iteration."""
@@ -140,14 +89,7 @@ class CoreSocket:
             assert self._loop is not None
             self._loop.call_soon(self._receive)
 
-    def _on_connection(self) -> None:
-        self._accept()
-        if not self._receives_soon:
-            self._receive()
-
-    def _on_readable(self, link: _Link) -> None:
-        if link is not self._link:
-            self._meet(link)
+    def _on_readable(self) -> None:
         if not self._receives_soon:
             self._receive()
 
@@ -159,48 +101,20 @@ class CoreSocket:
 
     def take(self) -> bool:
         """Handles messages of about ``ROWS_PER_TURN`` rows. Returns False if there are no more."""
+        expected = engine_identity(self.epoch)
         num_rows = 0
         while num_rows < ROWS_PER_TURN:
-            frame = None if self._is_closing else self._next()
-            if frame is None:
+            if self._is_closing:
                 return False
+            try:
+                identity, frame = self._socket.recv_multipart(zmq.NOBLOCK)[:2]
+            except zmq.Again:
+                return False
+            if identity != expected:
+                continue
             num_rows += 1 + len(frame) // BYTES_PER_ROW
             try:
                 self._handle(self._decoder.decode(frame))
-            except Exception:
+            except Exception:  # go on: ZeroMQ's descriptor signals again only after all messages were taken
                 logger.exception("a message of the engine core could not be handled")
         return True
-
-    def _next(self) -> bytes | None:
-        """The next frame of the present engine core; None: there is none."""
-        if self._present() is None:
-            if self._link is not None:
-                self._drop(self._link)  # that of an earlier one
-            self._accept()  # it may have ended before the loop saw its connection
-        link = self._link
-        if link is None:
-            return None
-        if not link.frames:
-            link.read()
-        if link.frames:
-            return link.frames.popleft()
-        if link.socket.is_closed:
-            self._drop(link)
-        return None
-
-
-class _Link:
-    """The connection of an engine core."""
-
-    def __init__(self, connection: FrameSocket) -> None:
-        self.socket = connection
-        self.identity = b""
-        """Its first frame; empty until that has come."""
-        self.frames: deque[bytes] = deque()
-        """Those that were read and not handled."""
-
-    def read(self) -> None:
-        """Reads frames that have arrived."""
-        self.frames += self.socket.receive()
-        if not self.identity and self.frames:
-            self.identity = self.frames.popleft()

@@ -40,7 +40,7 @@ class Supervisor:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._socket_dir = SocketDir()
         self.ipc_dir = self._socket_dir.path
-        self.address = f"{self.ipc_dir}/api"
+        self.address = f"ipc://{self.ipc_dir}/api"
 
     @property
     def pid(self) -> int | None:

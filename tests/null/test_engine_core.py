@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import zmq
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from engine_core import admission, validation
-from engine_core.frames import FrameSocket
 from engine_core.messages import (
     MAX_OUTPUTS,
     POOLING_TYPES,
@@ -41,7 +40,7 @@ from engine_core.messages import (
     UtilityOutput,
     to_array,
 )
-from engine_core.process import REQUESTS_PER_TURN, SocketTransport
+from engine_core.process import REQUESTS_PER_TURN, ZmqTransport
 from executor.messages import (
     EXIT_MODEL,
     KVCacheGroupSpec,
@@ -372,37 +371,39 @@ def test_bad_siblings_harm_nobody(first: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def transport(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SocketTransport, FrameSocket, int]]:
+def transport(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ZmqTransport, zmq.Socket[bytes], int]]:
     """A transport, the api's end of it, and the api's end of the start pipe."""
     reader, writer = os.pipe()
-    with os.fdopen(reader) as stdin, socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(f"{tmp_path}/api")
-        listener.listen()
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    router.bind(f"ipc://{tmp_path}/api")
+    with os.fdopen(reader) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
-        core_side = SocketTransport(f"{tmp_path}/api", b"engine_core.1")
-        api_side = FrameSocket(listener.accept()[0])
-        assert api_side.receive() == [b"engine_core.1"]
-        yield core_side, api_side, writer
+        core_side = ZmqTransport(f"ipc://{tmp_path}/api", b"engine_core.1")
+        core_side.send(EngineDead(1, "hello"))
+        router.recv_multipart()
+        yield core_side, router, writer
         core_side.close()
-        api_side.close()
+    router.close(linger=0)
+    context.term()
     os.close(writer)
 
 
-def test_frames_that_are_no_messages_are_dropped(transport: tuple[SocketTransport, FrameSocket, int]) -> None:
-    core_side, api_side, _ = transport
+def test_frames_that_are_no_messages_are_dropped(transport: tuple[ZmqTransport, zmq.Socket[bytes], int]) -> None:
+    core_side, router, _ = transport
     good = msgspec.msgpack.encode(make_request(1))
     for frame in (b"", b"\xc1", good[:-1], good.replace(b"request-1", b"\xff" * 9), msgspec.msgpack.encode([]), good):
-        api_side.send(frame)
+        router.send_multipart((b"engine_core.1", frame))
     received: list[ToEngineCore] = []
     while not received:
         received += core_side.wait([], 1.0) or []
     assert received == [make_request(1)]
 
 
-def test_many_requests_are_taken_in_turns(transport: tuple[SocketTransport, FrameSocket, int]) -> None:
-    core_side, api_side, _ = transport
+def test_many_requests_are_taken_in_turns(transport: tuple[ZmqTransport, zmq.Socket[bytes], int]) -> None:
+    core_side, router, _ = transport
     for number in range(2 * REQUESTS_PER_TURN):
-        api_side.send(msgspec.msgpack.encode(make_request(number)))
+        router.send_multipart((b"engine_core.1", msgspec.msgpack.encode(make_request(number))))
     sizes: list[int] = []
     while sum(sizes) < 2 * REQUESTS_PER_TURN:
         messages = core_side.wait([], 1.0)
@@ -425,7 +426,7 @@ def test_outputs_of_a_step_travel_in_pieces() -> None:
         assert {(piece.engine_epoch, piece.timestamp) for piece in pieces} == {(1, 2.0)}
 
 
-def test_the_end_of_the_api_is_noticed(transport: tuple[SocketTransport, FrameSocket, int]) -> None:
+def test_the_end_of_the_api_is_noticed(transport: tuple[ZmqTransport, zmq.Socket[bytes], int]) -> None:
     core_side, _, writer = transport
     assert core_side.wait([], 0) == []
     os.close(os.dup(writer))

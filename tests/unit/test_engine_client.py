@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import select
-import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -14,12 +12,13 @@ from typing import Any, ClassVar
 import msgspec
 import numpy as np
 import pytest
+import zmq
 
 from api.engine import client as engine_client
 from api.engine.blame import REFUSAL_TIME, Culprits
 from api.engine.channel import Delta
 from api.engine.client import EngineClient
-from api.engine.core_socket import ROWS_PER_TURN, CoreSocket
+from api.engine.core_socket import ROWS_PER_TURN
 from api.engine.metrics import EngineMetrics
 from api.engine.outbox import REQUESTS_PER_TURN
 from api.engine.queue_bound import NOBODY
@@ -28,7 +27,7 @@ from api.engine.submission import Submission
 from api.errors import EngineDeadError, ModelFileError, RequestError
 from api.model.tokenizer import Tokenizer
 from engine_core.config import EngineConfig
-from engine_core.launch import FrameSocket, LastWork, engine_identity
+from engine_core.launch import LastWork, engine_identity
 from engine_core.messages import (
     AbortRequests,
     EngineCoreOutput,
@@ -60,26 +59,17 @@ from tests.unit.sockets import until
 class Core:
     """One life of an engine core: its socket."""
 
-    def __init__(self, address: str, epoch: int) -> None:
+    def __init__(self, context: zmq.Context[Any], address: str, epoch: int) -> None:
         self.epoch = epoch
-        self._socket = FrameSocket.connect(address)
-        self._socket.send(engine_identity(epoch))
-        self._poller = select.poll()
-        self._poller.register(self._socket.fileno(), select.POLLIN)
-        self._frames: list[bytes] = []
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, engine_identity(epoch))
+        self._socket.connect(address)
 
     def send(self, message: FromEngineCore) -> None:
         self.send_frame(msgspec.msgpack.encode(message))
 
     def send_frame(self, frame: bytes) -> None:
         self._socket.send(frame)
-        if self._socket.has_unsent:
-            asyncio.get_running_loop().add_writer(self._socket.fileno(), self._flush)
-
-    def _flush(self) -> None:
-        self._socket.flush()
-        if not self._socket.has_unsent:
-            asyncio.get_running_loop().remove_writer(self._socket.fileno())
 
     def ready(self) -> None:
         self.send(EngineReady(self.epoch, 1, 64, 50, 16, 4, 8))
@@ -103,22 +93,17 @@ class Core:
 
     def has_news(self) -> bool:
         """Whether the client sent something."""
-        self._frames += self._socket.receive()
-        return bool(self._frames)
+        return bool(self._socket.poll(0))
 
     def received(self) -> list[ToEngineCore]:
         """What the client sent until now."""
-        while self._poller.poll(50):
-            self._frames += self._socket.receive()
-            if self._socket.is_closed:
-                break
-        frames, self._frames = self._frames, []
-        return [msgspec.msgpack.decode(frame, type=ToEngineCore) for frame in frames]
+        messages: list[ToEngineCore] = []
+        while self._socket.poll(50):
+            messages.append(msgspec.msgpack.decode(self._socket.recv(), type=ToEngineCore))
+        return messages
 
     def close(self) -> None:
-        if self._socket.fileno() >= 0:
-            asyncio.get_running_loop().remove_writer(self._socket.fileno())
-            self._socket.close()
+        self._socket.close(linger=2000)
 
 
 class FakeSupervisor:
@@ -134,8 +119,9 @@ class FakeSupervisor:
     def __init__(self, config: EngineConfig, on_exit: Callable[[int], None], log_level: str, replica: int = 0) -> None:
         self.config = config
         self.replica = replica
-        self.address = f"{FakeSupervisor.folder}/api{replica}"
+        self.address = f"ipc://{FakeSupervisor.folder}/api{replica}"
         self.on_exit = on_exit
+        self.context = zmq.Context()
         self.cores: list[Core] = []
         self.work = LastWork()
         self.num_kills = 0
@@ -149,7 +135,7 @@ class FakeSupervisor:
     def start(self, epoch: int) -> None:
         if self.error is not None:
             raise self.error
-        self.cores.append(Core(self.address, epoch))
+        self.cores.append(Core(self.context, self.address, epoch))
 
     def last_work(self) -> LastWork:
         return self.work
@@ -165,8 +151,7 @@ class FakeSupervisor:
         self.on_exit(code)
 
     async def stop(self) -> None:
-        for core in self.cores:
-            core.close()
+        self.context.destroy(linger=0)
 
 
 class Harness:
@@ -395,6 +380,7 @@ async def test_messages_are_taken_once_in_a_turn_however_many_are_sent(
 async def test_what_a_dead_core_left_is_taken_in_turns(harness: Harness) -> None:
     state = harness.submit()
     harness.supervisor.core.tokens(state, 0, *range(ROWS_PER_TURN))
+    assert harness.client._socket.wait(5000)
     harness.supervisor.die()
     assert len(state.output_token_ids) < ROWS_PER_TURN
     await until(lambda: len(harness.supervisor.cores) > 1)
@@ -674,33 +660,12 @@ async def test_a_core_that_cannot_be_started_again_is_given_up(harness: Harness)
         harness.submit()
 
 
-async def test_what_comes_after_the_end_does_not_wake_the_event_loop(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    taken: list[None] = []
-    monkeypatch.setattr(CoreSocket, "take", lambda socket: taken.append(None))
-    harness.client._socket.stop()
-    harness.supervisor.core.ready()
-    for _ in range(20):
-        await asyncio.sleep(0)
-    assert not taken
-
-
-async def test_a_core_ends_while_no_file_can_be_opened(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(listener: socket.socket) -> None:
-        raise OSError(errno.EMFILE, "too many open files")
-
-    harness.supervisor.core.close()
-    await until(lambda: harness.client._socket._link is None)
-    with monkeypatch.context() as patch:
-        patch.setattr(socket.socket, "accept", full)
-        harness.supervisor.die()
-    assert len(harness.supervisor.cores) == 2
-
-
-async def test_last_words_are_heard_even_if_the_end_is_noticed_first(harness: Harness) -> None:
-    harness.supervisor.core.send(EngineDead(1, "the weights are gone", 78))
+async def test_last_words_may_come_after_the_end(harness: Harness) -> None:
+    core = harness.supervisor.core
+    timer = threading.Timer(0.05, core.send, (EngineDead(1, "the weights are gone", 78),))
+    timer.start()
     harness.supervisor.on_exit(78)
+    timer.join()
     assert str(harness.client.dead) == "the weights are gone"
     assert harness.client.dead is not None and harness.client.dead.exit_code == 78
 
