@@ -11,6 +11,7 @@ import pytest
 from api.config import ServerConfig, make_config
 from api.errors import EngineDeadError
 from api.generation.adapters import IDLE, MAX_SCALES, Adapters
+from api.generation.served_model import ServedModel
 from api.model import adapter_files
 from api.params.lora import LoRARequest
 from tests.fakes import MODEL, FakeServer
@@ -229,7 +230,7 @@ async def test_nothing_is_left_of_adapters_that_went(server: FakeServer) -> None
         server.engine.submitted.clear()
         server.engine.forgotten.clear()
         gc.collect()
-        return sum(type(each).__module__.startswith("api.generation") for each in gc.get_objects())
+        return sum(type(each) is ServedModel for each in gc.get_objects())
 
     await count_after(5)
     before = await count_after(5)
