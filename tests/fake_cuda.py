@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -284,7 +285,7 @@ class ReferenceKernels(OpSet):
 
 
 def _is_loaded(tensor: Tensor) -> bool:
-    """Whether a tensor belongs to the model or to kernels, not to steps."""
+    """Whether a tensor belongs to the model, or stays as it is, like what kernels keep."""
     return tensor.is_floating_point() or any(tensor is piece for piece in launch.scratch.pieces())
 
 
@@ -304,6 +305,7 @@ class FakeCuda(LateDevice):
         torch.set_num_threads(config.num_threads or 1)
         ops.use(self.torch_device.type, ReferenceKernels() if self.kernels == "reference" else self.kernels)
         self._opened.enter_context(launch.redirected(self._launch))
+        self._opened.enter_context(mock.patch.object(launch.scratch, "get", self._scratch))
         LateTensor.watcher = self
 
     def close(self) -> None:
@@ -315,8 +317,13 @@ class FakeCuda(LateDevice):
         self.channel: FakeCudaSteps = FakeCudaSteps(by_itself=self.by_itself, with_graphs=self.with_graphs)
         return self.channel
 
+    def _scratch(self, purpose: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """As ``launch.Scratch.get``: memory of the device, so launches between its pieces alone wait in the queue."""
+        piece = launch.Scratch.get(launch.scratch, purpose, size, dtype, device)
+        return piece if piece.is_meta else on_device(piece)
+
     def _launch(self, each: Launch) -> None:
-        if not any(isinstance(tensor, LateTensor) for tensor in each.tensors):
+        if self.channel is None or not any(isinstance(tensor, LateTensor) for tensor in each.tensors):
             each.run()  # while the model is loaded
             return
         for name, value in each.args.items():

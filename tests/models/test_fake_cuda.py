@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import ops
 from engine_core.messages import ResolvedParams, ResolvedPoolingParams
 from executor.adapter_files import adapter_hash
-from executor.config import LoRAConfig
+from executor.config import DeviceConfig, LoRAConfig
 from executor.device.steps import RECENT_TOKENS
 from executor.messages import InitKVCache, LoadAdapter, LoRARequest, NewRequest, SchedulerOutput, WorkerReady
 from tests import tiny
+from tests.late_device import on_device
 from tests.lora import write_adapter
 from tests.models.harness import random_tokens
 from tests.models.test_late_device import MAX_LEN, Engine, ReferenceCpu, answers
+from tests.ops.cpu import randn
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from executor.launched_forward import LaunchedForward
 from executor.static_forward import GraphSizes, StaticForward
+from ops.triton import launch
 from tests.fake_cuda import FakeCuda
 
 
@@ -99,6 +104,33 @@ def test_rows_with_adapters_are_launched(monkeypatch: pytest.MonkeyPatch) -> Non
         tokens.append(engine.results[0].sampled_token_ids)
     ops.use("cpu", before)
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_launches_between_shared_memory_wait_their_turn(is_recorded: bool) -> None:
+    """The second product of experts has no tensor of a step: it reads and writes what kernels share."""
+    before = ops.op_set("cpu")
+    x, routed = randn(3, 32), torch.tensor([[0.5, 0, 2], [0, 1, 0.25], [0.75, 0.5, 0]])
+    first, second = ([randn(rows, 32, seed=rows + index) for index in range(3)] for rows in (64, 32))
+    weights = ops.ExpertWeights(tuple(first), tuple(second), None, None, "silu", 2)
+    expected = ops.experts.reference(x, routed, weights)
+    launch.scratch.clear()  # so it has no results of another test
+    device = FakeCuda(by_itself=False)
+    try:
+        device.initialize(DeviceConfig(num_threads=1), 0)
+        channel = device.steps()
+        with ExitStack() as stack:
+            launches = stack.enter_context(launch.recorded()) if is_recorded else []
+            out = ops.experts(on_device(x), on_device(routed), weights)
+        for each in launches:
+            launch.submit(each)
+        pending = channel.download([out])
+        assert not pending.is_ready()
+        (found,) = pending.collect()
+    finally:
+        device.close()
+        ops.use("cpu", before)
+    np.testing.assert_allclose(found, expected, 1e-5, 1e-5)
 
 
 def test_a_step_is_one_upload_and_one_graph(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
