@@ -61,7 +61,8 @@ PATIENCE = 8
 """Results without drafts after which plans allow none until the workers have some again."""
 RETRY_PERIOD = 32
 """Of as many results without drafts, the first ``PATIENCE`` let plans allow some: a worker whose results come late has
-launched the next step before it finds drafts, and can keep them only if that step waits for them."""
+launched the next step before it finds drafts, and can keep them only if that step waits for them. Not with pipeline
+stages, which always wait for the tokens of their rows: plans that begin to allow drafts would disturb their turns."""
 
 
 class Scheduler:
@@ -272,7 +273,8 @@ class Scheduler:
         """Whether workers may have drafts for rows of a plan, or grammars may."""
         if not self.max_draft_tokens:
             return False
-        return self._num_barren % RETRY_PERIOD < PATIENCE or bool(self.table.has_grammar[slots].any())
+        num_barren = self._num_barren if self.lanes.num_stages > 1 else self._num_barren % RETRY_PERIOD
+        return num_barren < PATIENCE or bool(self.table.has_grammar[slots].any())
 
     def _allow_drafts(self, slots: I32, budget: int, updates: list[list[int]]) -> I64:
         """Lets decoding rows verify drafts, with the tokens and blocks that all others leave.
