@@ -45,7 +45,7 @@ def one_rank(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 
 
 @pytest.fixture(scope="session")
-def browser_process() -> Iterator[Browser]:
+def browser_session() -> Iterator[Browser]:
     from tests.e2e.browser import Browser  # skips without a browser
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
@@ -54,6 +54,12 @@ def browser_process() -> Iterator[Browser]:
             yield browser
         finally:
             browser.driver.quit()
+
+
+@pytest.fixture(scope="module")
+def browser_process(browser_session: Browser) -> Iterator[Browser]:
+    yield browser_session
+    browser_session.driver.get("about:blank")  # a page that looks for its server would take half a core to the end
 
 
 @pytest.fixture(scope="module")
