@@ -76,7 +76,12 @@ def test_pieces_do_not_matter(
 def test_a_text_without_calls_is_content(name: str, text: str) -> None:
     events = parse(name, text)
     if not any(isinstance(event, ToolCallStart) for event in events):
-        assert collect(events).content == text
+        content = collect(events).content
+        if name == "harmony" and "<|message|>" in text:  # marks of messages to the user are omitted
+            rest = iter(text)
+            assert all(each in rest for each in content)
+        else:
+            assert content == text
     for call in collect(events).tool_calls:
         if call.complete and name in TRANSLATED:
             assert isinstance(json.loads(call.arguments), dict)
