@@ -1,13 +1,16 @@
 """Quantises a model with llmcompressor, for ``octavo quantize``.
 
 Runs as a process of its own: ``python -m executor.compress MODEL OUT SCHEME METHOD WINDOW``, with the token ids of
-the calibration text on the standard input, as a JSON list of lists. Needs the packages llmcompressor and datasets.
+the calibration text on the standard input, as a JSON list of lists. Needs the packages llmcompressor and datasets. The
+standard output is the reason of a failure, in one line, or empty: whatever the packages print goes to the other stream.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import traceback
 from typing import Any
 
 GROUP_SIZES = (128, 64, 32)
@@ -35,7 +38,24 @@ def modifiers(scheme: Any, method: str) -> list[Any]:
     settings: dict[str, Any] = {"config_groups": {"group_0": scheme}, "ignore": ["lm_head"]}
     if method == "gptq":
         return [GPTQModifier(**settings)]
-    return [AWQModifier()] * (method == "awq") + [QuantizationModifier(**settings)]
+    rounding = QuantizationModifier(**settings)
+    if method == "rtn":
+        return [rounding]
+    # It weighs columns by their size within the group of a scale, and refuses to where the group is a whole matrix.
+    return [AWQModifier(duo_scaling=scheme.weights.strategy != "tensor"), rounding]
+
+
+def leave_memory_pageable() -> None:
+    """Keeps AWQ from pinning the activations that it holds, where no accelerator would read them.
+
+    llmcompressor pins them in any case, and has no setting for it; without an accelerator torch cannot pin memory.
+    Pinned memory makes copies to a device faster, and changes no number.
+    """
+    import torch
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    if not torch.accelerator.is_available():
+        IntermediatesCache.pin_memory = lambda *arguments, **options: None
 
 
 def compress(model: str, out: str, scheme: str, method: str, window: int, pieces: list[list[int]]) -> None:
@@ -57,15 +77,26 @@ def compress(model: str, out: str, scheme: str, method: str, window: int, pieces
             "num_calibration_samples": len(pieces),
             "max_seq_length": window,
         }
+    leave_memory_pageable()
     oneshot(model=network, processor=tokenizer, recipe=modifiers(scheme_for(network, scheme), method), **text)
     network.save_pretrained(out, save_compressed=True)
     tokenizer.save_pretrained(out)
 
 
-def main() -> None:
+def main() -> int:
+    """Returns the exit code."""
     model, out, scheme, method, window = sys.argv[1:]
-    compress(model, out, scheme, method, int(window), json.load(sys.stdin))
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            compress(model, out, scheme, method, int(window), json.load(sys.stdin))
+        except Exception as error:
+            traceback.print_exc()
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+        else:
+            return 0
+    sys.stdout.write(f"{reason}\n")
+    return 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -245,9 +244,11 @@ def compress(files: ModelFiles, output: Path, settings: Settings) -> None:
         ),
         env=child_environment(),
         input=json.dumps(pieces),
+        stdout=subprocess.PIPE,
         text=True,
         check=False,
     )
     if done.returncode:
-        print(f"octavo: llmcompressor ended with exit code {done.returncode}", file=sys.stderr)
-        raise ConfigError(f"{files.name} could not be quantised; see above")
+        reason = done.stdout.strip() or f"exit code {done.returncode}"
+        way = f"--scheme {settings.scheme} --method {settings.method}"
+        raise ConfigError(f"{files.name} could not be quantised with {way}: llmcompressor failed: {reason}")

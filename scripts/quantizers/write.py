@@ -20,6 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from executor import compress
+
 VOCAB_SIZE = 512
 
 
@@ -98,7 +102,8 @@ PRESETS = (
     *("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "MXFP4A16", "MXFP4", "NVFP4A16"),
     *("NVFP4", "INT8", "W4A8", "W3A16", "W4AFP8"),
 )
-OTHERS = ("W4A16_G32", "W4A16_ACTORDER", "GPTQ_W4A16", "GPTQ_W8A8", "FP8_KV", "MIXED", "W2A16")
+OTHERS = ("W4A16_G32", "W4A16_ACTORDER", "GPTQ_W4A16", "GPTQ_W8A8", "AWQ_W4A16", "AWQ_FP8", "FP8_KV", "MIXED", "W2A16")
+"""Those of AWQ are written as ``octavo quantize`` does."""
 
 
 def dataset() -> Any:
@@ -120,7 +125,7 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="0", unk_token="0")
 
 
-def recipe(scheme: str) -> Any:
+def recipe(scheme: str, model: Any) -> Any:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
@@ -141,6 +146,8 @@ def recipe(scheme: str) -> Any:
             return GPTQModifier(scheme="W4A16", **common)
         case "GPTQ_W8A8":
             return GPTQModifier(scheme="W8A8", **common)
+        case "AWQ_W4A16" | "AWQ_FP8":
+            return compress.modifiers(compress.scheme_for(model, scheme.removeprefix("AWQ_")), "awq")
         case "FP8_KV":
             cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
             return QuantizationModifier(scheme="FP8", kv_cache_scheme=cache, **common)
@@ -158,7 +165,8 @@ def llmcompressor(scheme: str, folder: Path, source: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     calibration: dict[str, Any] = {"dataset": dataset(), "max_seq_length": 64, "num_calibration_samples": 16}
-    oneshot(model=model, processor=tokenizer(), recipe=recipe(scheme), **calibration)
+    compress.leave_memory_pageable()
+    oneshot(model=model, processor=tokenizer(), recipe=recipe(scheme, model), **calibration)
     model.save_pretrained(folder / "quantized", save_compressed=True)
     from transformers.utils.quantization_config import CompressedTensorsConfig
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -12,9 +16,12 @@ import numpy.typing as npt
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader
 
+import executor.compress
 from api.commands import quantize
 from api.commands.quantize import Settings, check, write_gguf
+from api.config import make_config
 from api.flags import ConfigError
+from api.model.files import find_model
 from tests import tiny
 
 
@@ -62,3 +69,35 @@ def test_refused(settings: dict[str, Any], message: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=re.escape(message)):
         check(Settings(**settings))
+
+
+def test_a_failure_of_the_package_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> None:
+        sys.stdout.write("progress")
+        raise ValueError("layer 3\nis too small")
+
+    monkeypatch.setattr(executor.compress, "compress", fail)
+    monkeypatch.setattr("sys.argv", ["compress", "model", "out", "W4A16", "awq", "512"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("[]"))
+    code = executor.compress.main()
+    out, shown = capfd.readouterr()
+    assert (code, out) == (1, "ValueError: layer 3 is too small\n") and "progress" in shown and "Traceback" in shown
+
+    def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess([], code, stdout=out)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    files = find_model(make_config({"model": str(tiny.checkpoint("llama", hidden_size=64))})[0])
+    with pytest.raises(ConfigError, match=r"--scheme W4A16 --method awq: llmcompressor failed: ValueError: layer 3 is"):
+        quantize.compress(files, tmp_path / "out", Settings(output="out", scheme="W4A16", method="awq"))
+
+
+@pytest.mark.parametrize("has_accelerator", [False, True])
+def test_awq_pins_memory_only_for_an_accelerator(has_accelerator: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = SimpleNamespace(pin_memory=print)
+    monkeypatch.setitem(sys.modules, "llmcompressor.pipelines.cache", SimpleNamespace(IntermediatesCache=cache))
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: has_accelerator)
+    executor.compress.leave_memory_pageable()
+    assert (cache.pin_memory is print) == has_accelerator
