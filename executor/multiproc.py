@@ -101,6 +101,7 @@ class LocalWorkers:
         self._output = self._bind(zmq.PULL, output_address)
         config = config if self._life == 1 else msgspec.structs.replace(config, memory_share=None)
         cores: list[tuple[int, ...]] = [()] * len(ranks)
+        sockets = listeners or {}
         shared = SharedByRanks(ranks)
         if len(ranks) > config.parallel.num_mirrors:
             cores = split_cores(len(ranks))
@@ -110,9 +111,7 @@ class LocalWorkers:
             input_address = f"ipc://{self._ipc_dir}/{self._life}.{parallel.rank}.in"
             self._inputs.append(self._bind(zmq.PUSH, input_address))
             given = self._descriptors(parallel.rank) | shared.of(parallel)
-            for name in parallel.events if listeners else ():
-                if name in (listeners or {}):
-                    given[LISTENER + name] = (listeners or {})[name]
+            given |= {LISTENER + name: sockets[name] for name in parallel.events if name in sockets}
             launch = WorkerLaunch(
                 parallel=parallel,
                 config=config,

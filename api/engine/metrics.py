@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -42,8 +42,6 @@ REQUEST_LATENCY_BUCKETS = (
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
     1920.0, 7680.0,
 )  # fmt: skip
-MAX_LATER = 256
-"""Requests, about, whose metrics are put off until metrics are read."""
 ITERATION_BUCKETS = tuple(float(1 << power) for power in range(15))
 
 
@@ -214,11 +212,8 @@ class _AllSteps(Collector):
 
     def __init__(self) -> None:
         self.engines: list[_StepCollector] = []
-        self.before: Callable[[], None] = lambda: None
-        """Called before anything is collected: the registry asks this collector first."""
 
     def collect(self) -> Iterator[Metric]:
-        self.before()
         families: dict[str, Metric] = {}
         for engine in self.engines:
             for family in engine.collect():
@@ -253,22 +248,8 @@ class _Shared:
         self.histograms: dict[str, Histogram] = {}
         self.cache_config: Gauge | None = None
         self.on_trace: Callable[[RequestState, FinishedRequest], None] | None = None
-        self._later: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
-        self.steps.before = self.count_all
         self.registry.register(self.steps)
         ProcessCollector(registry=self.registry)
-
-    def count_later(self, count: Callable[..., None], *values: Any) -> None:
-        """Counts something before metrics are next read: answers should not wait for it."""
-        self._later.append((count, values))
-        if len(self._later) >= MAX_LATER:
-            self.count_all()
-
-    def count_all(self) -> None:
-        """Counts what was put off."""
-        later, self._later = self._later, []
-        for count, values in later:
-            count(*values)
 
 
 class EngineMetrics:
@@ -466,21 +447,15 @@ class EngineMetrics:
         self._on_prompt(state, now)
 
     def _on_prompt(self, state: RequestState, now: float) -> None:
-        self.num_prompt_tokens += state.num_prompt_tokens
-        times = state.arrival_time, state.scheduled_time, now
-        self._shared.count_later(self._observe_prompt, state.num_prompt_tokens, state.num_cached_tokens, *times)
-
-    def _observe_prompt(
-        self, num_tokens: int, num_cached: int, arrival_time: float, scheduled_time: float | None, now: float
-    ) -> None:
-        self._count_prompt(num_tokens, num_cached)
-        if scheduled_time is not None:
-            self._queue.observe(max(0.0, scheduled_time - arrival_time))
-            seconds = max(0.0, now - scheduled_time)
+        self._count_prompt(state.num_prompt_tokens, state.num_cached_tokens)
+        if state.scheduled_time is not None:
+            self._queue.observe(max(0.0, state.scheduled_time - state.arrival_time))
+            seconds = max(0.0, now - state.scheduled_time)
             self._prefill.observe(seconds)
-            self._prefill_per_token.observe(seconds / max(1, num_tokens - num_cached))
+            self._prefill_per_token.observe(seconds / max(1, state.num_prompt_tokens - state.num_cached_tokens))
 
     def _count_prompt(self, num_tokens: int, num_cached: int) -> None:
+        self.num_prompt_tokens += num_tokens
         self._prompt_tokens.inc(num_tokens)
         self._cached_tokens.inc(num_cached)
 
@@ -498,7 +473,7 @@ class EngineMetrics:
             len(state.output_token_ids),
             state.message.pooling_params is not None,
         )
-        self._shared.count_later(self._on_finished, request, time.monotonic())
+        self._on_finished(request)
         if state.siblings is not None and not request.is_pooling:
             longest = state.siblings.end(request.num_output_tokens)
             if longest:
@@ -515,15 +490,15 @@ class EngineMetrics:
         """
         if request.first_token_time is not None and request.scheduled_time is not None:
             self._ttft.observe(request.first_token_time - request.arrival_time)
-            self.num_prompt_tokens += request.num_prompt_tokens
             self._count_prompt(request.num_prompt_tokens, request.num_cached_tokens)
             self._queue.observe(max(0.0, request.scheduled_time - request.arrival_time))
             self._prefill.observe(max(0.0, request.first_token_time - request.scheduled_time))
-        self._on_finished(request, time.monotonic())
+        self._on_finished(request)
         if longest:
             self._request_longest.observe(longest)
 
-    def _on_finished(self, request: FinishedRequest, now: float) -> None:
+    def _on_finished(self, request: FinishedRequest) -> None:
+        now = time.monotonic()
         self._success_of(request.reason).inc()
         self._e2e.observe(now - request.arrival_time)
         if request.scheduled_time is not None:

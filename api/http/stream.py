@@ -238,8 +238,7 @@ class WholeAnswer(Response):
     media_type = "application/json"
 
     def __init__(self, generation: EngineWork, reply: WholeReply) -> None:
-        self.status_code = 200  # the base class would also describe a body, which there is not yet
-        self.background = None
+        super().__init__()
         self._generation = generation
         self._reply = reply
 
