@@ -19,7 +19,7 @@ from selenium.webdriver.remote.webelement import WebElement
 
 __all__ = ["Browser", "By", "Keys", "WebElement", "browser_path"]
 
-WAIT = 15.0
+WAIT = 60.0  # only failures take that long; a busy machine makes a page ten times slower
 FLAGS = (
     "--headless",
     "--no-sandbox",
