@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -226,8 +226,8 @@ class GGUFCheckpoint:
         """The model's configuration under the names of config.json."""
         arch = self.config["model_type"]
         if ARCHITECTURES[arch].has_q_k_v_apart:
-            self.entries = {each.name: each for tensor in header.tensors for each in self._apart(tensor)}
-        self.entries = {each.name: each for tensor in self.entries.values() for each in gguf_experts.apart(tensor)}
+            self.entries = self._divided(self._apart)
+        self.entries = self._divided(gguf_experts.apart)
         arch_id = next(key for key, value in MODEL_ARCH_NAMES.items() if value == arch)
         self.names = get_tensor_name_map(arch_id, self.config["num_hidden_layers"])
         self.architecture = ARCHITECTURES[arch]
@@ -322,6 +322,24 @@ class GGUFCheckpoint:
         missing = tensor.offset + tensor.num_bytes - len(self.mapped[tensor.file])
         if missing > 0:
             raise ModelError(f"{origin}: truncated: the file ends {missing} bytes before the tensor does")
+
+    def _divided(self, apart: Callable[[GGUFTensor], Iterable[GGUFTensor]]) -> dict[str, GGUFTensor]:
+        """The parts of all tensors, by name.
+
+        Raises:
+            ModelError: Two tensors have the same part.
+        """
+        found: dict[str, GGUFTensor] = {}
+        sources: dict[str, str] = {}
+        for tensor in self.entries.values():
+            for part in apart(tensor):
+                if part.name in found:
+                    raise ModelError(
+                        f"{self._origin(tensor.name)} and tensor {sources[part.name]!r} are the same weights "
+                        f"({part.name}); convert the model again, with one of them"
+                    )
+                found[part.name], sources[part.name] = part, tensor.name
+        return found
 
     def _apart(self, tensor: GGUFTensor) -> list[GGUFTensor]:
         """The tensor itself, or q, k and v if it holds them one after the other."""

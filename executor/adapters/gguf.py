@@ -173,7 +173,7 @@ def read_gguf_adapter(
         tensors = result.setdefault(module, ModuleTensors(module))
         read = partial(names.read, files.weights, entry, leaf[1], kind)
         origin = f"{files.path}: tensor {entry.name!r}"
-        tensors.stored[kind] = StoredTensor(entry.name, origin, entry.num_bytes, read)
+        tensors.add(kind, StoredTensor(entry.name, origin, entry.num_bytes, read))
         if leaf[2] == "lora_b":
             ranks[module] = entry.shape[-1]
     alpha = metadata.get("adapter.lora.alpha", 0.0)

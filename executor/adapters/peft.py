@@ -157,6 +157,18 @@ class ModuleTensors:
     stored: dict[str, StoredTensor] = field(default_factory=dict)
     """By what they are; see ``LEAVES``."""
 
+    def add(self, kind: str, tensor: StoredTensor) -> None:
+        """Adds a tensor.
+
+        Raises:
+            ModelError: There is one of its kind.
+        """
+        other = self.stored.setdefault(kind, tensor)
+        if other is not tensor:
+            raise ModelError(
+                f"{tensor.origin}: a second {kind} of {shorten(self.name)!r}, after {shorten(other.name)!r}"
+            )
+
     def read(self, kind: str, *shape: int) -> Tensor:
         """A tensor, in float32 or the type that it is stored as.
 
@@ -190,7 +202,7 @@ def read_modules(files: AdapterFiles) -> dict[str, ModuleTensors]:
     """The tensors of an adapter by module.
 
     Raises:
-        ModelError: The file is corrupt, or a tensor is of an unknown kind.
+        ModelError: The file is corrupt, or a tensor is of an unknown kind, or there twice.
     """
     modules: dict[str, ModuleTensors] = {}
     for tensor in parse_safetensors(files.path / "adapter_model.safetensors", files.weights):
@@ -198,7 +210,7 @@ def read_modules(files: AdapterFiles) -> dict[str, ModuleTensors]:
         for kind, pattern in LEAVES:
             found = pattern.match(name)
             if found is not None:
-                modules.setdefault(found[1], ModuleTensors(found[1])).stored[kind] = tensor
+                modules.setdefault(found[1], ModuleTensors(found[1])).add(kind, tensor)
                 break
         else:
             raise ModelError(f"{tensor.origin} is of a kind that is not supported")

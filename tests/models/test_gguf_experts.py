@@ -143,6 +143,21 @@ def test_tensors_of_older_and_of_later_files(tmp_path: Path) -> None:
     assert torch.equal(logits_of(load(rewritten(file.path, tmp_path / "later.gguf", later)), token_ids), expected)
 
 
+def test_weights_that_a_file_has_twice(tmp_path: Path) -> None:
+    """None of them takes the place of the other unnoticed."""
+    file = tiny.gguf_file(tiny.checkpoint("mixtral", **FAMILIES["mixtral"]), GGMLQuantizationType.F32)
+
+    def twice(name: str, data: Any) -> Any:
+        yield name, data
+        if name == "blk.0.ffn_gate_exps.weight":
+            yield "blk.0.ffn_gate.1.weight", data[0]
+
+    path = rewritten(file.path, tmp_path / "twice.gguf", twice)
+    with pytest.raises(ModelError) as caught:
+        load(path)
+    assert "'blk.0.ffn_gate_exps.weight'" in str(caught.value) and "'blk.0.ffn_gate.1.weight'" in str(caught.value)
+
+
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
     folder = tiny.checkpoint("glm4_moe", **FAMILIES["glm4_moe"])
     file = tiny.gguf_file(folder, GGMLQuantizationType.F32)

@@ -247,9 +247,14 @@ def test_adapters_of_llama_cpp(base_kind: str) -> None:
     assert torch.equal(found[1], Runner(load(base)).step([Chunk(1, random_tokens(20))]))
     damaged = adapter / "damaged.gguf"
     whole = path.read_bytes()
-    for data in (whole[:-9], whole.replace(b"llama", b"qwen2"), whole[4:]):
+    for data, message in (
+        (whole[:-9], "not a GGUF file, or a damaged one"),
+        (whole.replace(b"llama", b"qwen2"), "general.architecture is 'qwen2'"),
+        (whole[4:], "not a GGUF file, or a damaged one"),
+        (whole.replace(b"blk.1.attn_q", b"blk.0.attn_q"), r"'blk.0.attn_q.weight.lora_a': a second a of .*0.*q_proj"),
+    ):
         damaged.write_bytes(data)
-        with pytest.raises(ModelError, match=r"not a GGUF file, or a damaged one|general.architecture is 'qwen2'"):
+        with pytest.raises(ModelError, match=message):
             adapted(base, damaged)
 
 
@@ -361,6 +366,10 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
         (lambda: broken(lambda t: t[Q.format("A")].fill_(torch.nan)), "not finite"),
         (lambda: broken(lambda t: t.update({"base_model.model.x.weight": torch.zeros(3)})), "no layer x"),
         (lambda: broken(lambda t: t.update({"x.lora_C": torch.zeros(3)})), "of a kind that is not supported"),
+        (
+            lambda: broken(lambda t: t.update({Q.format("A.default"): torch.zeros(4, 64)})),
+            r"lora_A.*weight': a second a of 'model.layers.0.self_attn.q_proj', after .*lora_A",
+        ),
     ],
 )
 def test_errors_name_the_cause(make: Callable[[], Path], message: str) -> None:
