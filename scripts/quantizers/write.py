@@ -273,9 +273,10 @@ def gptqmodel(scheme: str, folder: Path, source: Path) -> None:
 
     tokenizer().save_pretrained(source)
     model = GPTQModel.load(str(source), QuantizeConfig(group_size=32, **GPTQMODEL[scheme]))
-    model.quantize(list(dataset()), batch_size=1, tokenizer=tokenizer())
+    backend = BACKEND.AWQ_TORCH if scheme == "gptqmodel_awq" else BACKEND.TORCH  # AWQ's usual one is for GPUs alone
+    model.quantize(list(dataset()), batch_size=1, tokenizer=tokenizer(), backend=backend)
     model.save(str(folder / "quantized"))
-    exact: dict[str, Any] = {"backend": BACKEND.TORCH, "device": "cpu", "dtype": torch.float16}
+    exact: dict[str, Any] = {"backend": backend, "device": "cpu", "dtype": torch.float16}
     loaded = GPTQModel.load(str(folder / "quantized"), **exact)  # in bfloat16, scales would be rounded first
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     layers: dict[str, Any] = dict(loaded.model.named_modules())
@@ -285,6 +286,8 @@ def gptqmodel(scheme: str, folder: Path, source: Path) -> None:
             with torch.inference_mode():
                 product = layer(torch.eye(module.in_features, dtype=layer.scales.dtype))
             module.weight.data = product.T.float()
+        elif name.endswith("norm"):  # AWQ moves factors of columns there
+            module.weight.data = layer.weight.data.float()
     save_plain(plain, folder, source)
     save_logits(folder)
 
