@@ -358,7 +358,7 @@ def _with_model(
 
     from api.config import unused_variables
     from api.flags import ConfigError
-    from engine_core.launch import discard_prepared, get_logger, prepare_agent, prepare_engine_core, setup_logging
+    from engine_core.launch import discard_prepared, get_logger, prepare_engine_core, setup_logging
 
     try:
         config, notes = resolve(given, os.environ)
@@ -370,22 +370,39 @@ def _with_model(
         get_logger().warning("options that have no effect: %s", "; ".join(notes))
     if unused := unused_variables(os.environ):
         get_logger().debug("vLLM environment variables that have no effect: %s", ", ".join(unused))
-    is_leader = config.engine.executor.parallel.node_rank == 0
-    if not is_leader:
-        prepare_agent()
-    elif config.num_local_replicas == 1:  # replicas start on cores of their own
+    if config.engine.executor.parallel.node_rank:
+        return run_machine(config)
+    if config.num_local_replicas == 1:  # replicas start on cores of their own
         prepare_engine_core(config.engine)
 
     def find_and_run() -> int:
         # These, and the model's files, take about as long as the imports of a worker, which run in the meantime.
         from api.model.files import find_model, with_model
         from api.params.defaults import check_defaults
+        from api.ray_machines import with_machines
 
         files = find_model(config)
-        if not is_leader:
-            return _run_agent(with_model(config, files))
         check_defaults(files)
-        return run(with_model(config, files), files)
+        with with_machines(config) as placed:
+            return run(with_model(placed, files), files)
+
+    try:
+        return _reported(find_and_run)
+    finally:
+        discard_prepared()
+
+
+def run_machine(config: ServerConfig) -> int:
+    """Runs the workers of a machine other than the first, as machine 0 says. Returns the exit code."""
+    from engine_core.launch import discard_prepared, prepare_agent, setup_logging
+
+    setup_logging(f"machine {config.engine.executor.parallel.node_rank}", config.log_level, config.log_format)
+    prepare_agent()
+
+    def find_and_run() -> int:
+        from api.model.files import find_model, with_model
+
+        return _run_agent(with_model(config, find_model(config)))
 
     try:
         return _reported(find_and_run)

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from api.flags import ConfigError, build, options
 from api.lora_modules import lora_modules
-from api.machines import LAUNCHERS, PLACE, check_machines
+from api.machines import LAUNCHERS, PLACE, PROCESSES, check_machines, with_rays_machines
 from api.otlp import check_packages
 from api.parsers.detect import AUTO
 from api.parsers.registry import REASONING_PARSERS, TOOL_PARSERS
@@ -57,6 +57,7 @@ ENVIRONMENT = {
     "OPENAI_API_KEY": Variable("API key that `octavo bench serve` sends."),
     "OTEL_SERVICE_NAME": Variable("Service name in traces. Default: octavo."),
     "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": Variable("Protocol for traces: grpc (the default) or http/protobuf."),
+    "RAY_AUTH_MODE": Variable("token: the Ray cluster has token authentication; otherwise the log warns."),
     "NOTIFY_SOCKET": Variable("Set by systemd to receive the ready notification."),
     "PYTHONPATH": Variable("Relative entries are ignored, so that modules in the current folder are never run."),
 }
@@ -552,6 +553,7 @@ def make_config(values: Mapping[str, Any]) -> tuple[ServerConfig, list[str]]:
     """
     rest, notes = take_foreign(values, [name for option in options(ServerConfig) for name in option.names])
     config: ServerConfig = build(ServerConfig, rest)
+    config = replace(config, engine=with_rays_machines(config.engine))
     check_config(config)
     return with_speculation(config), notes
 
@@ -621,7 +623,7 @@ def _check_ranks(executor: ExecutorConfig) -> None:
         "--pipeline-parallel-size": parallel.pipeline_parallel_size,
     }
     for flag, size in sizes.items():
-        if size > 1 and executor.distributed_executor_backend != "mp":
+        if size > 1 and executor.distributed_executor_backend not in PROCESSES:
             raise ConfigError(f"{flag} {size}: each rank is a process; use --distributed-executor-backend mp")
 
 

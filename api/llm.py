@@ -6,6 +6,7 @@ import inspect
 import os
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -68,6 +69,7 @@ from api.params.pooling import (
 from api.params.sampling import SamplingParams
 from api.params.thinking import conversation_opens_reasoning
 from api.params.truncation import output_room, truncate_prompt
+from api.ray_machines import with_machines
 from engine_core.launch import get_logger, setup_logging
 from engine_core.messages import EngineReady
 
@@ -109,11 +111,12 @@ class LLM:
             get_logger().warning("options that have no effect: %s", "; ".join(notes))
         files = find_model(config)
         check_defaults(files)
-        self._config = with_model(config, files)
+        machines = ExitStack()
+        self._config = with_model(machines.enter_context(with_machines(config)), files)
         self._ids = count()
         self._engine = EngineThread()
         # Runs when this object is collected, or when the interpreter exits.
-        self._finalizer = weakref.finalize(self, self._engine.close)
+        self._finalizer = weakref.finalize(self, _end, self._engine, machines)
         try:
             self._model = self._run(_start(self._engine, self._config, files))
         except BaseException:
@@ -588,6 +591,11 @@ class LLM:
             if sampling.num_completions > sampling.n:
                 keep_best(result, sampling)
         return results
+
+
+def _end(engine: EngineThread, machines: ExitStack) -> None:
+    with machines:
+        engine.close()
 
 
 async def _start(engine: EngineThread, config: ServerConfig, files: ModelFiles) -> ServedModel:

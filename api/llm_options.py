@@ -126,12 +126,13 @@ class LLMOptions(TypedDict, total=False):
     master_port: int
     node_address: str
     cluster_key: str
+    ray_address: str
     device: str
     attention_backend: str | None
     matmul: Literal["auto", "cublas"]
     block_size: int | None
     num_threads: int | None
-    distributed_executor_backend: Literal["mp", "inline", "simulated"]
+    distributed_executor_backend: Literal["mp", "ray", "inline", "simulated"]
     enable_lora: bool
     max_loras: int
     max_lora_rank: int

@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from msgspec.structs import replace
+
 from api.flags import ConfigError
-from engine_core.config import EngineConfig
+from engine_core.config import EngineConfig, ParallelConfig
 
 LAUNCHERS = {
     "LeaderWorkerSet": {
@@ -21,6 +23,8 @@ LAUNCHERS = {
 """Names of options and of variables, by who sets these."""
 PLACE = ("nnodes", "node_rank", "master_addr")
 """Options that ``place_from`` may give."""
+PROCESSES = ("mp", "ray")
+"""Backends whose workers are processes."""
 _WILDCARDS = ("0.0.0.0", "::", "*")
 
 
@@ -59,6 +63,38 @@ def place_from(environment: Mapping[str, str], given: Iterable[str]) -> dict[str
     return {}
 
 
+def with_rays_machines(engine: EngineConfig) -> EngineConfig:
+    """The configuration with as many machines as Ray has to provide: one for each pipeline stage, if it does not say.
+
+    Raises:
+        ConfigError: That is one.
+    """
+    executor = engine.executor
+    parallel = executor.parallel
+    if executor.distributed_executor_backend != "ray" or parallel.nnodes > 1:
+        return engine
+    if parallel.pipeline_parallel_size == 1:
+        raise ConfigError(
+            "--distributed-executor-backend ray: Ray provides machines for pipeline stages; add "
+            "--pipeline-parallel-size with the number of machines, or use mp on one"
+        )
+    parallel = replace(parallel, nnodes=parallel.pipeline_parallel_size)
+    return replace(engine, executor=replace(executor, parallel=parallel))
+
+
+def _check_ray(parallel: ParallelConfig) -> None:
+    if parallel.node_rank:
+        raise ConfigError(
+            f"--node-rank {parallel.node_rank}: with --distributed-executor-backend ray, machine 0 alone is started; "
+            "ray start makes others available"
+        )
+    if parallel.ray_address.startswith("ray://"):
+        raise ConfigError(
+            f"--ray-address {parallel.ray_address}: the server runs on a machine of the cluster; give the address of "
+            "ray start, such as 10.0.0.1:6379, without ray://"
+        )
+
+
 def check_machines(engine: EngineConfig, num_replicas: int) -> None:
     """Checks the options of several machines.
 
@@ -71,16 +107,21 @@ def check_machines(engine: EngineConfig, num_replicas: int) -> None:
     """
     parallel = engine.executor.parallel
     nnodes, rank = parallel.nnodes, parallel.node_rank
+    backend = engine.executor.distributed_executor_backend
+    if parallel.ray_address and backend != "ray":
+        raise ConfigError(f"--ray-address {parallel.ray_address}: needs --distributed-executor-backend ray")
     if nnodes == 1:
         if rank:
             raise ConfigError(f"--node-rank {rank}: needs --nnodes, the number of machines")
         return
-    if not parallel.cluster_key:
+    if backend == "ray":
+        _check_ray(parallel)
+    elif not parallel.cluster_key:
         raise ConfigError(
             f"--nnodes {nnodes} needs --cluster-key FILE, the same file on all machines; octavo cluster-key FILE makes "
             "one"
         )
-    if not parallel.master_addr or parallel.master_addr in _WILDCARDS:
+    if parallel.master_addr in _WILDCARDS or not (parallel.master_addr or backend == "ray"):
         raise ConfigError(
             f"--nnodes {nnodes} needs --master-addr: the address of machine 0 at which the others reach it"
         )
@@ -88,8 +129,7 @@ def check_machines(engine: EngineConfig, num_replicas: int) -> None:
         raise ConfigError(f"--node-address {parallel.node_address}: must be one address of this machine")
     if rank >= nnodes:
         raise ConfigError(f"--node-rank {rank}: must be less than --nnodes, which is {nnodes}")
-    backend = engine.executor.distributed_executor_backend
-    if backend != "mp":
+    if backend not in PROCESSES:
         raise ConfigError(f"--nnodes {nnodes}: workers are processes; use --distributed-executor-backend mp")
     if parallel.pipeline_parallel_size < nnodes:
         raise ConfigError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import msgspec
 
 from engine_core.config import Config, EngineConfig, ExecutorConfig
@@ -14,14 +12,19 @@ from executor.files import open_regular, read_document, read_json, why
 from executor.helper import Helper, HelperError, HelperLimits, JobError
 from executor.liveness import STOPPED_TIMEOUT, ProcessWatch
 from executor.log import get_logger, printable, setup_logging
+from executor.nodes.key_files import HeldKey, create_key_file
+from executor.nodes.messages import AgentLaunch, RayPlacement
+from executor.nodes.ray_machines import RayMachines
 from executor.parallel import numa_nodes
 from executor.process import (
     ChildProcess,
+    become_child,
     child_command,
     child_environment,
     discard_child,
     prepare_child,
     prepared_child,
+    read_payload,
 )
 from executor.supported import can_generate, check_gguf_architecture, check_load_format, check_supported
 
@@ -88,13 +91,6 @@ def run_agent(config: ExecutorConfig, ipc_dir: str, log_level: str) -> int:
     return run(config, ipc_dir, log_level)
 
 
-def create_key_file(path: Path) -> None:
-    """See ``executor/nodes/keys.py``."""
-    from executor.nodes.keys import create_key_file as create
-
-    create(path)
-
-
 def _early_children(config: EngineConfig) -> list[str]:
     """Modules of the processes that an engine core certainly needs. A replica's inherit its share of the cores, which
     it knows only from its start message."""
@@ -109,15 +105,20 @@ def engine_identity(engine_epoch: int) -> bytes:
 
 __all__ = [
     "STOPPED_TIMEOUT",
+    "AgentLaunch",
     "ChildProcess",
     "EngineCoreLaunch",
     "Helper",
+    "HeldKey",
     "HelperError",
     "HelperLimits",
     "JobError",
     "LastWork",
     "ProcessWatch",
     "ModelError",
+    "RayMachines",
+    "RayPlacement",
+    "become_child",
     "can_generate",
     "check_gguf_architecture",
     "check_load_format",
@@ -139,6 +140,7 @@ __all__ = [
     "printable",
     "read_document",
     "read_json",
+    "read_payload",
     "setup_logging",
     "why",
 ]

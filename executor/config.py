@@ -273,6 +273,15 @@ class ParallelConfig(Config, frozen=True):
         ),
     ] = ""
 
+    ray_address: Annotated[
+        str,
+        Meta(
+            description="Address of the Ray cluster with --distributed-executor-backend ray, such as 10.0.0.1:6379. "
+            "Default: the one of this machine, or of RAY_ADDRESS.",
+            extra={"group": "Machines"},
+        ),
+    ] = ""
+
     num_mirrors: Annotated[Positive, Meta(extra={"internal": True})] = 1
     """Ranks that each compute the whole model, to test multi-rank operation independently of sharding."""
 
@@ -426,11 +435,12 @@ class ExecutorConfig(Config, frozen=True):
     parallel: ParallelConfig = ParallelConfig()
     device: DeviceConfig = DeviceConfig()
     distributed_executor_backend: Annotated[
-        Literal["mp", "inline", "simulated"],
+        Literal["mp", "ray", "inline", "simulated"],
         Meta(
-            description="mp: worker processes. inline: the worker runs inside the engine core (pdb works). "
+            description="mp: worker processes. ray: the same, on machines that a Ray cluster provides, one for each "
+            "pipeline stage unless --nnodes says how many. inline: the worker runs inside the engine core (pdb works). "
             "simulated: a simulated device, no model.",
-            extra={"group": "Testing"},
+            extra={"group": "Machines"},
         ),
     ] = "mp"
     speculative: Annotated[SpeculativeConfig | None, Meta(extra={"internal": True})] = None

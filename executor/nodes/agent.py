@@ -29,7 +29,8 @@ from executor.multiproc import LocalWorkers, Network
 from executor.nodes.addresses import address_towards, endpoint_of, numeric, use_ipv6
 from executor.nodes.frames import bound_frames, in_frames
 from executor.nodes.head import open_listeners
-from executor.nodes.keys import FAILED_HANDSHAKES, Curve, read_key_file
+from executor.nodes.key_files import read_key_file
+from executor.nodes.keys import FAILED_HANDSHAKES, Curve
 from executor.nodes.messages import (
     NODE_TIMEOUT,
     PING_INTERVAL,

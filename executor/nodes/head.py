@@ -17,7 +17,7 @@ from executor.log import get_logger
 from executor.messages import EXIT_MODEL, FromWorker, ToWorker, WorkerFailed
 from executor.multiproc import LocalWorkers, Network
 from executor.nodes.addresses import listen
-from executor.nodes.keys import read_key_file
+from executor.nodes.key_files import read_key_file
 from executor.nodes.members import Members
 from executor.nodes.messages import (
     FromMember,

@@ -1,8 +1,8 @@
-"""The secret of a cluster, and connections that only those who have it can make.
+"""Connections that only those who have the secret of a cluster can make.
 
-All machines of a cluster have the same file. Both key pairs of ZeroMQ's CURVE follow from it: that of the end that
-waits for connections, and that of the end that makes them. Each proves to the other that it has its own, and all that
-follows is encrypted and authenticated, with new keys for each connection. Needs no torch.
+All machines of a cluster have the same secret (``key_files.py``). Both key pairs of ZeroMQ's CURVE follow from it:
+that of the end that waits for connections, and that of the end that makes them. Each proves to the other that it has
+its own, and all that follows is encrypted and authenticated, with new keys for each connection. Needs no torch.
 """
 
 from __future__ import annotations
@@ -10,63 +10,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import secrets
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import zmq
 from zmq.utils import z85
 
-from executor.base import ModelError
+from executor.nodes.key_files import KEY_BYTES
 
-KEY_BYTES = 32
-_HEAD = "octavo-cluster-key-1:"
-_MOST_BYTES = 4096
-"""Size of the largest file that is read."""
 FAILED_HANDSHAKES = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
 """Events of a socket whose other end has other keys."""
 _ZAP_ADDRESS = "inproc://zeromq.zap.01"
 _DOMAIN = b"octavo"
-
-
-def create_key_file(path: Path) -> None:
-    """Writes a new secret, which only this user can read.
-
-    Raises:
-        ModelError: The file exists, or cannot be written.
-    """
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        raise ModelError(f"{path}: exists already; machines that use it would no longer know the others") from None
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be written: {error.strerror}") from None
-    with os.fdopen(descriptor, "w") as file:
-        file.write(f"{_HEAD}{secrets.token_hex(KEY_BYTES)}\n")
-
-
-def read_key_file(path: str) -> bytes:
-    """The secret in a file.
-
-    Raises:
-        ModelError: It cannot be read, or is no such file; the message names the option.
-    """
-    try:
-        with open(path, "rb") as file:
-            text = file.read(_MOST_BYTES).decode("ascii", "replace").strip()
-    except OSError as error:
-        raise ModelError(
-            f"--cluster-key {path}: {error.strerror}; octavo cluster-key FILE makes one, which all machines need"
-        ) from None
-    match = re.fullmatch(rf"{_HEAD}([0-9a-f]{{{2 * KEY_BYTES}}})", text)
-    if match is None:
-        raise ModelError(f"--cluster-key {path}: not a file that octavo cluster-key has made, or of another version")
-    return bytes.fromhex(match[1])
 
 
 class Curve:

@@ -14,8 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from api.config import make_config
+from api.ray_machines import with_machines
 from engine_core.messages import WorkersLost
 from tests.e2e.rank_harness import ranks
 from tests.e2e.server import ROOT, run_cli
@@ -106,6 +109,29 @@ def test_two_machines(
     finally:
         for agent in agents:
             agent.kill()
+
+
+@pytest.mark.timeout(300)
+def test_machines_that_ray_provides(
+    one_rank: list[list[int]], tiny_model: Path, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a stand-in, whose actors run in the process that would ask Ray: all others are real."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "stand_ins"))
+    options = {"distributed_executor_backend": "ray", "pipeline_parallel_size": 2, "master_port": port}
+    with with_machines(make_config({"model": str(tiny_model), **options})[0]) as config:
+        parallel = config.engine.executor.parallel
+        place = {name: getattr(parallel, name) for name in ("nnodes", "master_addr", "master_port", "cluster_key")}
+        with ranks(tiny_model, tmp_path, 1, 2, **place) as two:
+            assert two.generate() == one_rank
+            (agent,) = (each for each in processes() if each.cmdline()[0] == "octavo machine 1")
+            assert two.generate(agent.kill) == one_rank
+            assert re.match(r"machine 1 \(.*, 127.0.0.1\) is gone", two.messages(WorkersLost)[0].reason)
+    psutil.wait_procs(processes(), timeout=60)
+    assert not [each for each in processes() if each.cmdline()[0].startswith("octavo")], "agents end with the server"
+
+
+def processes() -> list[psutil.Process]:
+    return [each for each in psutil.Process().children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
 
 
 NAMESPACE, LINK = f"octavo{os.getpid()}", f"o{os.getpid()}"

@@ -53,6 +53,8 @@ TORCH_FREE = [
     "multiproc",
     "nodes.agent",
     "nodes.head",
+    "nodes.ray_driver",
+    "nodes.ray_machines",
     "simulated",
     "pooling",
     "files",
@@ -68,7 +70,7 @@ TORCH_FREE = [
     "kv_transfer.disk",
 ]
 ROOMS = (
-    ("", "__main__", "cli", "llm", "llm_inputs", "llm_outputs", "llm_pooling", "octavo"),
+    ("", "__main__", "cli", "llm", "llm_inputs", "llm_outputs", "llm_pooling", "octavo", "ray_agent", "ray_machines"),
     ("commands",),
     ("server",),
     ("anthropic", "responses"),
@@ -130,7 +132,7 @@ FOLDERS: dict[str, set[str]] = {
     },
     # Other machines: no model, and of workers their processes and frames.
     "executor/nodes": {
-        *("base", "config", "identity", "liveness", "log", "messages", "multiproc", "parallel", "stages"),
+        *("base", "config", "identity", "liveness", "log", "messages", "multiproc", "parallel", "process", "stages"),
     },
     # Who holds what, which nobody else decides.
     "executor/parallel": {"config"},

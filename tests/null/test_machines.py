@@ -30,7 +30,8 @@ from executor.nodes import members
 from executor.nodes.addresses import endpoint_of
 from executor.nodes.agent import NodeAgent
 from executor.nodes.head import RUNNING, NodesExecutor
-from executor.nodes.keys import Curve, Gate, create_key_file, read_key_file
+from executor.nodes.key_files import create_key_file, read_key_file
+from executor.nodes.keys import Curve, Gate
 from executor.nodes.messages import NodeHello, NodeStatus
 from executor.parallel import SharedByRanks, awaited_from_afar, places
 from tests.null.test_multiproc import FakeChild, Peer

@@ -16,7 +16,8 @@ from executor.messages import EXIT_MODEL, InitKVCache, WorkerFailed
 from executor.nodes.addresses import endpoint_of
 from executor.nodes.frames import FRAME_BYTES, in_frames
 from executor.nodes.head import DOWN, PREPARING, WAITING
-from executor.nodes.keys import Curve, read_key_file
+from executor.nodes.key_files import read_key_file
+from executor.nodes.keys import Curve
 from executor.nodes.messages import NodeStatus, NodeUnknown, ToAgent
 from executor.parallel import num_sharers
 from tests.null.core_harness import Harness, worker_ready

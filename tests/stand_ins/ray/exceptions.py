@@ -1,0 +1,5 @@
+"""Of ray's exceptions, their base."""
+
+
+class RayError(Exception):
+    pass
