@@ -350,6 +350,27 @@ def _run_agent(config: ServerConfig) -> int:
         folder.close()
 
 
+def _run_replicas(config: ServerConfig) -> int:
+    """Runs engines of a server on another machine."""
+    import setproctitle
+
+    from api.engine.socket_dir import SocketDir
+    from engine_core.launch import ModelError, run_replicas
+    from engine_core.messages import EXIT_MODEL
+
+    first, count = config.data_parallel_start_rank or 0, config.num_local_replicas
+    setproctitle.setproctitle(f"octavo engines {first}-{first + count - 1}")
+    folder = SocketDir()
+    try:
+        return run_replicas(
+            config.replica_engine, first, count, config.data_parallel_size, folder.path, config.log_level
+        )
+    except ModelError as error:
+        return _fail(str(error), EXIT_MODEL)
+    finally:
+        folder.close()
+
+
 def _with_model(
     parser: Parser, given: Mapping[str, Any], title: str, run: Callable[[ServerConfig, ModelFiles], int]
 ) -> int:
@@ -370,7 +391,7 @@ def _with_model(
         get_logger().warning("options that have no effect: %s", "; ".join(notes))
     if unused := unused_variables(os.environ):
         get_logger().debug("vLLM environment variables that have no effect: %s", ", ".join(unused))
-    if config.engine.executor.parallel.node_rank:
+    if config.engine.executor.parallel.node_rank or config.headless:
         return run_machine(config)
     if config.num_local_replicas == 1:  # replicas start on cores of their own
         prepare_engine_core(config.engine)
@@ -393,16 +414,20 @@ def _with_model(
 
 
 def run_machine(config: ServerConfig) -> int:
-    """Runs the workers of a machine other than the first, as machine 0 says. Returns the exit code."""
+    """Runs the workers or the engines of a machine that serves no API. Returns the exit code."""
     from engine_core.launch import discard_prepared, prepare_agent, setup_logging
 
-    setup_logging(f"machine {config.engine.executor.parallel.node_rank}", config.log_level, config.log_format)
-    prepare_agent()
+    has_workers = config.engine.executor.parallel.nnodes > 1
+    number = config.engine.executor.parallel.node_rank if has_workers else config.data_parallel_start_rank
+    setup_logging(f"machine {number}" if has_workers else f"engines {number}", config.log_level, config.log_format)
+    if has_workers:
+        prepare_agent()
 
     def find_and_run() -> int:
         from api.model.files import find_model, with_model
 
-        return _run_agent(with_model(config, find_model(config)))
+        found = with_model(config, find_model(config))
+        return _run_agent(found) if has_workers else _run_replicas(found)
 
     try:
         return _reported(find_and_run)

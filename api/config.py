@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from api.flags import ConfigError, build, options
 from api.lora_modules import lora_modules
-from api.machines import LAUNCHERS, PLACE, PROCESSES, check_machines, with_rays_machines
+from api.machines import LAUNCHERS, PLACE, PROCESSES, WILDCARDS, check_machines, with_rays_machines
 from api.otlp import check_packages
 from api.parsers.detect import AUTO
 from api.parsers.registry import REASONING_PARSERS, TOOL_PARSERS
@@ -464,12 +464,35 @@ class ServerConfig(Config, frozen=True):
         ),
     ] = 1
     data_parallel_size_local: Annotated[
-        Positive | None,
+        Annotated[int, Meta(ge=0)] | None,
         Meta(
-            description="How many of them are on this machine. Default: all; with --data-parallel-rank, one.",
+            description="How many of them are on this machine; the others run on machines that join with --headless. "
+            "Default: all; with --data-parallel-rank, one; with --headless, those from --data-parallel-start-rank on.",
             extra={"group": "Engine"},
         ),
     ] = None
+    data_parallel_address: Annotated[
+        str,
+        Meta(
+            description="Address of the machine that serves the API, at which those with other engines join it. Needs "
+            "--cluster-key.",
+            extra={"group": "Machines"},
+        ),
+    ] = ""
+    data_parallel_rpc_port: Annotated[
+        int, Meta(ge=1, le=65535, description="Port on which it waits for them.", extra={"group": "Machines"})
+    ] = 29550
+    data_parallel_start_rank: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(description="With --headless: number of the first engine on this machine.", extra={"group": "Machines"}),
+    ] = None
+    headless: Annotated[
+        bool,
+        Meta(
+            description="Serve no API: run engines of the server at --data-parallel-address, as it says.",
+            extra={"group": "Machines"},
+        ),
+    ] = False
     data_parallel_rank: Annotated[
         Annotated[int, Meta(ge=0)] | None,
         Meta(
@@ -498,9 +521,18 @@ class ServerConfig(Config, frozen=True):
     @property
     def num_local_replicas(self) -> int:
         """Engines on this machine, in this server or in others."""
-        if self.data_parallel_rank is None:
-            return self.data_parallel_size
-        return self.data_parallel_size_local or 1
+        if self.data_parallel_rank is not None:
+            return self.data_parallel_size_local or 1
+        if self.data_parallel_size_local is not None:
+            return self.data_parallel_size_local
+        return self.data_parallel_size - (self.data_parallel_start_rank or 0 if self.headless else 0)
+
+    @property
+    def replica_engine(self) -> EngineConfig:
+        """The engines' configuration, with the address at which machines with some of them join the server."""
+        place = {"master_addr": self.data_parallel_address, "master_port": self.data_parallel_rpc_port}
+        executor = self.engine.executor
+        return replace(self.engine, executor=replace(executor, parallel=replace(executor.parallel, **place)))
 
     @property
     def offers_pooling(self) -> bool:
@@ -634,6 +666,7 @@ def _check_kv_cache_dtype(name: str) -> None:
 
 def _check_replicas(config: ServerConfig) -> None:
     size, local, rank = config.data_parallel_size, config.data_parallel_size_local, config.data_parallel_rank
+    _check_headless(config)
     if rank is not None and rank >= size:
         raise ConfigError(f"--data-parallel-rank {rank}: must be less than --data-parallel-size, which is {size}")
     if local is not None and local > size:
@@ -642,10 +675,52 @@ def _check_replicas(config: ServerConfig) -> None:
         return
     if config.data_parallel_external_lb:
         raise ConfigError("--data-parallel-external-lb needs --data-parallel-rank: each server runs one engine")
-    if local not in (None, size):
+    if config.headless or config.num_local_replicas < size:
+        _check_replica_machines(config)
+
+
+def _check_headless(config: ServerConfig) -> None:
+    first = config.data_parallel_start_rank
+    if not config.headless:
+        if first:
+            raise ConfigError(
+                f"--data-parallel-start-rank {first}: needs --headless; the server's own engines begin at 0"
+            )
+        return
+    parallel = config.engine.executor.parallel
+    if parallel.nnodes > 1:
+        if parallel.node_rank == 0:
+            raise ConfigError("--headless: machine 0 serves the API; it is implied on all others")
+        return
+    if config.data_parallel_size == 1 or config.data_parallel_rank is not None:
+        raise ConfigError("--headless needs --data-parallel-size, of which this machine runs some, or --nnodes")
+    if first is None:
+        raise ConfigError("--headless needs --data-parallel-start-rank: number of the first engine on this machine")
+    last = first + config.num_local_replicas
+    if not config.num_local_replicas or last > config.data_parallel_size:
         raise ConfigError(
-            f"--data-parallel-size-local {local}: one server runs all engines on its own machine; start a server with "
-            "--data-parallel-rank on each machine instead, behind a load balancer"
+            f"--data-parallel-start-rank {first} --data-parallel-size-local {config.num_local_replicas}: engines are "
+            f"numbered from 0 to {config.data_parallel_size - 1}"
+        )
+
+
+def _check_replica_machines(config: ServerConfig) -> None:
+    """Checks the options of engines on several machines."""
+    parallel = config.engine.executor.parallel
+    if config.engine.executor.distributed_executor_backend != "mp":
+        raise ConfigError(
+            "engines on other machines have workers in processes; use --distributed-executor-backend mp, or omit "
+            "--data-parallel-size-local"
+        )
+    if not config.data_parallel_address or config.data_parallel_address in WILDCARDS:
+        raise ConfigError(
+            "engines on other machines need --data-parallel-address: the address of the machine that serves the API, "
+            "as the others reach it. To serve each engine by itself, behind a load balancer, use --data-parallel-rank"
+        )
+    if not parallel.cluster_key:
+        raise ConfigError(
+            "engines on other machines need --cluster-key FILE, the same file on all machines; octavo cluster-key FILE "
+            "makes one"
         )
 
 

@@ -104,6 +104,8 @@ class LLM:
             config, notes = make_config(values)
             if config.engine.executor.parallel.node_rank:
                 raise ConfigError("node_rank: only machine 0 runs programs; octavo serve --node-rank runs the others")
+            if config.headless:
+                raise ConfigError("headless: octavo serve --headless runs the engines of other machines")
         except ConfigError as error:
             raise ValueError(str(error)) from None
         setup_logging("api", config.log_level, config.log_format)

@@ -80,6 +80,10 @@ class LLMOptions(TypedDict, total=False):
     speculative_config: dict[str, object]
     data_parallel_size: int
     data_parallel_size_local: int | None
+    data_parallel_address: str
+    data_parallel_rpc_port: int
+    data_parallel_start_rank: int | None
+    headless: bool
     data_parallel_rank: int | None
     data_parallel_external_lb: bool
     metrics_require_key: bool
@@ -243,7 +247,6 @@ class LLMOptions(TypedDict, total=False):
     dp_supervisor_probe_timeout_s: object
     dp_supervisor_probe_failure_threshold: object
     enable_shm_tensor_arena: object
-    headless: object
     num_lookahead_slots: object
     max_num_partial_prefills: object
     max_long_partial_prefills: object

@@ -25,7 +25,7 @@ PLACE = ("nnodes", "node_rank", "master_addr")
 """Options that ``place_from`` may give."""
 PROCESSES = ("mp", "ray")
 """Backends whose workers are processes."""
-_WILDCARDS = ("0.0.0.0", "::", "*")
+WILDCARDS = ("0.0.0.0", "::", "*")
 
 
 def first_host(names: str) -> str:
@@ -121,11 +121,11 @@ def check_machines(engine: EngineConfig, num_replicas: int) -> None:
             f"--nnodes {nnodes} needs --cluster-key FILE, the same file on all machines; octavo cluster-key FILE makes "
             "one"
         )
-    if parallel.master_addr in _WILDCARDS or not (parallel.master_addr or backend == "ray"):
+    if parallel.master_addr in WILDCARDS or not (parallel.master_addr or backend == "ray"):
         raise ConfigError(
             f"--nnodes {nnodes} needs --master-addr: the address of machine 0 at which the others reach it"
         )
-    if parallel.node_address in _WILDCARDS:
+    if parallel.node_address in WILDCARDS:
         raise ConfigError(f"--node-address {parallel.node_address}: must be one address of this machine")
     if rank >= nnodes:
         raise ConfigError(f"--node-rank {rank}: must be less than --nnodes, which is {nnodes}")

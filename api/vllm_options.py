@@ -144,11 +144,6 @@ TABLE = (
     ),
     (
         Verdict.NOTED,
-        "machines with a --node-rank above 0 never serve the API",
-        "headless:bool",
-    ),
-    (
-        Verdict.NOTED,
         "the scheduler does not need this option",
         "num_lookahead_slots=0 max_num_partial_prefills=1 max_long_partial_prefills=1 num_scheduler_steps=1 "
         "multi_step_stream_outputs:bool scheduler_delay_factor=0 disable_async_output_proc:bool "
@@ -218,10 +213,10 @@ TABLE = (
     ),
     (
         Verdict.REFUSED,
-        "one server runs engines of its own machine only; start a server with --data-parallel-rank on each machine, "
-        "behind a load balancer",
-        "data_parallel_start_rank=0 data_parallel_address data_parallel_rpc_port data_parallel_backend=mp "
-        "data_parallel_hybrid_lb:bool data_parallel_multi_port_external_lb:bool data_parallel_supervisor_port "
+        "one API process serves all engines, on machines that --headless adds; or start a server with "
+        "--data-parallel-rank on each machine, behind a load balancer",
+        "data_parallel_backend=mp data_parallel_hybrid_lb:bool "
+        "data_parallel_multi_port_external_lb:bool data_parallel_supervisor_port "
         "enable_elastic_ep:bool elastic_ep_max_dp_size "
         "enable_fault_tolerance:bool",
     ),
@@ -310,12 +305,14 @@ before them. False is neutral for a bool; where the verdict is DONE, True is."""
 
 _WORKING = """
     allow_credentials allowed_headers allowed_methods allowed_origins api_key attention_backend block_size
-    chat_template chat_template_content_format convert data_parallel_external_lb data_parallel_rank data_parallel_size
-    data_parallel_size_local default_chat_template_kwargs device disable_fastapi_docs
+    chat_template chat_template_content_format convert data_parallel_address data_parallel_external_lb
+    data_parallel_rank data_parallel_rpc_port data_parallel_size data_parallel_size_local data_parallel_start_rank
+    default_chat_template_kwargs device disable_fastapi_docs
     disable_log_stats disable_uvicorn_access_log distributed_executor_backend download_dir dtype
     enable_auto_tool_choice enable_chunked_prefill enable_force_include_usage enable_prefix_caching
     enable_request_id_headers enable_tokenizer_info_endpoint enforce_eager exclude_tools_when_tool_choice_none
-    generation_config gpu_memory_utilization hf_overrides hf_token host kv_cache_dtype kv_cache_memory_bytes load_format
+    generation_config gpu_memory_utilization headless hf_overrides hf_token host kv_cache_dtype kv_cache_memory_bytes
+    load_format
     log_level long_prefill_token_threshold master_addr master_port max_logprobs max_model_len max_num_batched_tokens
     max_num_queued_reqs max_num_queued_tokens max_num_seqs model model_impl nnodes node_rank num_gpu_blocks_override
     otlp_traces_endpoint

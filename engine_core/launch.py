@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from engine_core.config import Config, EngineConfig, ExecutorConfig
@@ -27,6 +29,9 @@ from executor.process import (
     read_payload,
 )
 from executor.supported import can_generate, check_gguf_architecture, check_load_format, check_supported
+
+if TYPE_CHECKING:
+    from engine_core.replicas import Replicas
 
 RUST_STACK_BYTES = 16 << 20
 """Stack of threads that compute grammar masks: as large as that of the threads that compile grammars."""
@@ -91,6 +96,20 @@ def run_agent(config: ExecutorConfig, ipc_dir: str, log_level: str) -> int:
     return run(config, ipc_dir, log_level)
 
 
+def run_replicas(config: EngineConfig, first: int, count: int, size: int, ipc_dir: str, log_level: str) -> int:
+    """See ``replica_duties.py``."""
+    from engine_core.replica_duties import run_replicas as run  # others need no sockets
+
+    return run(config, first, count, size, ipc_dir, log_level)
+
+
+def open_replicas(config: EngineConfig, first: int, size: int) -> Replicas:
+    """See ``replicas.py``."""
+    from engine_core.replicas import Replicas
+
+    return Replicas(config, first, size)
+
+
 def _early_children(config: EngineConfig) -> list[str]:
     """Modules of the processes that an engine core certainly needs. A replica's inherit its share of the cores, which
     it knows only from its start message."""
@@ -131,11 +150,13 @@ __all__ = [
     "get_logger",
     "launch_engine_core",
     "numa_nodes",
+    "open_replicas",
     "discard_prepared",
     "prepare_agent",
     "prepare_engine_core",
     "read_flight_record",
     "run_agent",
+    "run_replicas",
     "open_regular",
     "printable",
     "read_document",

@@ -329,6 +329,8 @@ class EngineReady(Message, frozen=True):
     """Process ids by rank; empty if the workers have no separate processes."""
     hidden_size: int = 0
     """Size of pooled vectors. 0: the engine cannot pool."""
+    kernels: str = ""
+    """What computes, for people; engines with the same compute the same bits."""
     weight_bytes: int = 0
     """Memory of the weights, of all workers together."""
     kv_cache_dtype: str = ""

@@ -36,6 +36,7 @@ def engine_ready(
         device=worker.device,
         architecture=worker.architecture,
         worker_pids=worker_pids,
+        kernels=worker.kernels,
         weight_bytes=sum(each.weight_bytes for each in ready.values()),
         kv_cache_dtype=", ".join(dict.fromkeys(spec.dtype for spec in worker.kv_cache_groups)),
         pooling=ready[max(ready)].pooling,

@@ -90,7 +90,7 @@ def run(config: ServerConfig, name: str, *, as_json: bool = False) -> int:
         EngineDeadError: The model cannot be served at all; its exit code is 78.
     """
     parallel = config.engine.executor.parallel
-    num_replicas, num_stages = config.num_local_replicas, parallel.pipeline_parallel_size
+    num_replicas, num_stages = max(1, config.num_local_replicas), parallel.pipeline_parallel_size
     engine = msgspec.structs.replace(config.engine, num_replicas=num_replicas)
     ended = subprocess.run(
         child_command("engine_core.plan"),

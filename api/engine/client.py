@@ -23,6 +23,7 @@ from api.engine.outbox import Outbox
 from api.engine.output import OutputProcessor
 from api.engine.place import ALONE, INDEX_BITS, Place, no_such_rank
 from api.engine.queue_bound import QueueBound, Tenant
+from api.engine.remote import RemoteSocket, RemoteSupervisor
 from api.engine.request_state import RequestState
 from api.engine.resubmission import clear_suspicion, resumed_request, runs_alone, trial_order
 from api.engine.sleeper import Sleeper
@@ -34,6 +35,7 @@ from api.model.tokenizer import Tokenizer
 from engine_core.config import EngineConfig
 from engine_core.launch import STOPPED_TIMEOUT, ProcessWatch, get_logger
 from engine_core.messages import (
+    EXIT_MODEL,
     AbortRequests,
     EngineCoreOutputs,
     EngineCoreRequest,
@@ -133,7 +135,15 @@ class EngineClient:
         own = QueueBound(config.scheduler, enabled=bounds_queue, on_refused=metrics.on_refused)
         self._queue, events, self._culprits = place.shares(own)
         self._processor = OutputProcessor(metrics, events)
-        self._supervisor = Supervisor(config, self._on_exit, log_level, place.local_rank)
+        self._supervisor: Supervisor | RemoteSupervisor
+        self._socket: CoreSocket | RemoteSocket
+        if place.remote is None:
+            self._supervisor = Supervisor(config, self._on_exit, log_level, place.local_rank)
+            self._socket = CoreSocket(self._handle)
+        else:
+            self._supervisor = RemoteSupervisor(place.remote, place.rank, log_level)
+            self._socket = RemoteSocket(place.remote, place.rank, self._handle)
+            place.remote.add(place.rank, self._socket.deliver, self._on_remote_exit)
         self._serving = self._has_workers = self._closing = self._was_idle = False
         self._next_index = place.rank << INDEX_BITS
         self._calls, self.sleeper = Calls(), Sleeper(self.call, self._on_sleep)
@@ -141,7 +151,6 @@ class EngineClient:
         self._life = _Life()
         self._last_words: EngineDead | None = None
         self._encoder = msgspec.msgpack.Encoder()
-        self._socket = CoreSocket(self._handle)
         self._started: asyncio.Future[EngineReady] | None = None
         self._pinger: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -180,9 +189,9 @@ class EngineClient:
         self._life = _Life()
         self._last_words = None
         self._outbox.clear()
+        self._socket.begin_life()
         self._supervisor.start(self._socket.epoch)
-        pid = self._supervisor.pid
-        self._life.watch = None if pid is None else ProcessWatch(pid)
+        self._life.watch = self._supervisor.watch()
 
     async def close(self) -> None:
         """Stops the engine. Unfinished requests end with an error."""
@@ -550,6 +559,11 @@ class EngineClient:
         self._abort(self._processor.process(message))
 
     def _on_ready(self, message: EngineReady) -> None:
+        objection = None if self._pool is None else self._pool.objection(self.rank, message)
+        if objection is not None:
+            self._supervisor.kill()
+            self._give_up(EngineDeadError(objection, EXIT_MODEL))
+            return
         self._serving = self._has_workers = True
         self.sleeper.awake()
         self._budget.serves()
@@ -568,6 +582,20 @@ class EngineClient:
 
     # -- faults --------------------------------------------------------------------------------------------
 
+    def _on_remote_exit(self, code: int | None) -> None:
+        """As ``_on_exit``. If its machine is lost (None), nothing says that the engine core would die again."""
+        if code is not None:
+            self._on_exit(code)
+        elif self._socket.take():
+            assert self._loop is not None
+            self._loop.call_soon(self._on_remote_exit, code)
+        elif not self._closing and self.dead is None:
+            self._serving = False
+            self._life.watch = None
+            self._calls.fail_all()
+            logger.error("the machine of engine %d is lost; waiting for it", self.rank)
+            self._restart()
+
     def _on_exit(self, code: int) -> None:
         """Restarts the engine core after an unexpected exit, unless its last message said that it is dead for good."""
         if code > 0 and self._last_words is None:
@@ -576,7 +604,7 @@ class EngineClient:
             assert self._loop is not None
             self._loop.call_soon(self._on_exit, code)  # there are more messages from it
             return
-        if self._closing:
+        if self._closing or (self.dead is not None and self._pool is not None):
             return
         was_serving, self._serving = self._serving, False
         watch = self._life.watch
@@ -601,6 +629,10 @@ class EngineClient:
             )
             return
         logger.error("the engine core exited with code %d; restarting it", code)
+        self._restart()
+
+    def _restart(self) -> None:
+        """Starts a new engine core; others may go on with the requests meanwhile."""
         if self._pool is not None:
             self._pool.cache_lost(self.rank)
             self._pool.fails(self.rank)

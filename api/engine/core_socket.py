@@ -54,6 +54,9 @@ class CoreSocket:
         self._fd = int(socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._on_readable)
 
+    def begin_life(self) -> None:
+        """There is a new engine core: the epoch tells its messages from others."""
+
     def stop(self) -> None:
         """Handles no more messages."""
         self._is_closing = True

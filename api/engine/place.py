@@ -9,7 +9,9 @@ from typing import Protocol
 from api.engine.blame import Culprits
 from api.engine.output import Queue
 from api.engine.queue_bound import QueueBound
+from api.engine.remote import RemoteReplicas
 from api.errors import RequestError
+from engine_core.messages import EngineReady
 
 RANK_HEADER = "X-data-parallel-rank"
 """Header of a request for one of the replicas."""
@@ -41,6 +43,9 @@ class Pool(Protocol):
     def convict(self, known: bytes) -> None:
         """Ends all requests with that fingerprint."""
 
+    def objection(self, rank: int, ready: EngineReady) -> str | None:
+        """Why an engine that is ready cannot be one of the replicas; None: it can."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -52,6 +57,8 @@ class Place:
     """Its number among those on this machine."""
     pool: Pool | None = None
     """None: no other replica is known here."""
+    remote: RemoteReplicas | None = None
+    """It is on another machine; None: on this one."""
 
     def shares(self, queue: QueueBound) -> tuple[QueueBound, Queue, Culprits]:
         """The queue, who is told of requests that begin and end, and the culprits: the pool's, or ``queue`` alone."""

@@ -22,6 +22,7 @@ from api.engine.client import MAX_ABORTS_PER_TURN, ControlMessage, EngineClient
 from api.engine.metrics import EngineMetrics
 from api.engine.place import Place, no_such_rank
 from api.engine.queue_bound import QueueBound, Tenant
+from api.engine.remote import RemoteReplicas
 from api.engine.request_state import RequestState
 from api.engine.resubmission import trial_order
 from api.engine.routing import Prefix, Router
@@ -81,6 +82,7 @@ class EnginePool:
         bounds_queue: bool = False,
         prepares_grammars: bool = False,
         log_level: str = "info",
+        num_local: int | None = None,
     ) -> None:
         """Creates the clients; ``start`` launches their engines. See ``EngineClient``.
 
@@ -94,7 +96,10 @@ class EnginePool:
             bounds_queue: As for a client.
             prepares_grammars: As for a client.
             log_level: As for a client.
+            num_local: Engines on this machine, which come first; None: all. The others run on machines that join, at
+                the address that ``executor.parallel`` says.
         """
+        num_local = num_replicas if num_local is None else num_local
         self.tokenizer: Tokenizer | None = None
         self.culprits = Culprits()
         limits = msgspec.structs.replace(config.scheduler, max_num_seqs=config.scheduler.max_num_seqs * num_replicas)
@@ -107,16 +112,18 @@ class EnginePool:
         self._refusal: EngineDeadError | None = None
         """Why no requests are accepted any more, although engines may be alive."""
         self._ranks = range(num_replicas)
+        self._remote = RemoteReplicas(config, num_local, num_replicas) if num_local < num_replicas else None
+        self._kernels: dict[int, str] = {}
         self.clients = [
             EngineClient(
-                _share(config, rank, num_replicas),
+                _share(config, rank, max(1, num_local)),
                 None,
                 metrics.of(rank),
                 on_progress=on_progress if rank == 0 else None,
                 on_fatal=self._on_death,
                 prepares_grammars=prepares_grammars,
                 log_level=log_level,
-                place=Place(rank, rank, self),
+                place=Place(rank, rank, self, None if rank < num_local else self._remote),
             )
             for rank in self._ranks
         ]
@@ -134,6 +141,8 @@ class EnginePool:
             EngineDeadError: An engine cannot start.
             ModelFileError: The tokenizer cannot be read.
         """
+        if self._remote is not None:
+            self._remote.open()
         engines = asyncio.gather(*(client.start() for client in self.clients))
         found, _ = await asyncio.gather(engines, self._load_tokenizer())
         ready = msgspec.structs.replace(
@@ -158,6 +167,8 @@ class EnginePool:
     async def close(self) -> None:
         """Stops the engines. Unfinished requests end with an error."""
         await asyncio.gather(*(client.close() for client in self.clients))
+        if self._remote is not None:
+            await self._remote.close()
 
     @property
     def dead(self) -> EngineDeadError | None:
@@ -357,6 +368,18 @@ class EnginePool:
             logger.warning("engine %d goes on with %d requests of engine %d", rank, len(own), client.rank)
             self.clients[rank].adopt(own)
 
+    def objection(self, rank: int, ready: EngineReady) -> str | None:
+        """Why an engine that is ready cannot be one of the replicas: it would compute other bits."""
+        self._kernels[rank] = ready.kernels
+        for other, kernels in self._kernels.items():
+            if kernels != ready.kernels and self.clients[other].dead is None:
+                return (
+                    f"engine {rank} would compute with {ready.kernels} and engine {other} with {kernels}, and tokens "
+                    "would depend on where a request runs; install the same versions on all machines, and choose "
+                    "kernels that all of their CPUs have with OCTAVO_CPU_CAPABILITY"
+                )
+        return None
+
     def convict(self, known: bytes) -> None:
         """Ends all requests with that fingerprint, in all engines."""
         for client in self.clients:
@@ -406,10 +429,10 @@ def create_engines(
     A server of one replica out of several, behind a balancer of the user's, has one engine with that rank.
     """
     engine, count, rank = config.engine, config.num_local_replicas, config.data_parallel_rank
-    if rank is None and count > 1:
+    if rank is None and config.data_parallel_size > 1:
         return EnginePool(
-            engine,
-            count,
+            config.replica_engine,
+            config.data_parallel_size,
             read_tokenizer,
             metrics,
             on_progress=on_progress,
@@ -417,6 +440,7 @@ def create_engines(
             bounds_queue=bounds_queue,
             prepares_grammars=prepares_grammars,
             log_level=config.log_level,
+            num_local=count,
         )
     rank = rank or 0
     return EngineClient(

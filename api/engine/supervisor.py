@@ -10,7 +10,14 @@ from collections.abc import Callable
 
 from api.engine.socket_dir import SocketDir
 from engine_core.config import EngineConfig
-from engine_core.launch import ChildProcess, EngineCoreLaunch, LastWork, launch_engine_core, read_flight_record
+from engine_core.launch import (
+    ChildProcess,
+    EngineCoreLaunch,
+    LastWork,
+    ProcessWatch,
+    launch_engine_core,
+    read_flight_record,
+)
 
 
 class Supervisor:
@@ -41,6 +48,10 @@ class Supervisor:
         self._socket_dir = SocketDir()
         self.ipc_dir = self._socket_dir.path
         self.address = f"ipc://{self.ipc_dir}/api"
+
+    def watch(self) -> ProcessWatch | None:
+        """Measures the engine core's silence; None: there is none."""
+        return None if self._child is None else ProcessWatch(self._child.pid)
 
     @property
     def pid(self) -> int | None:

@@ -1,8 +1,8 @@
-"""The agent of a machine other than the leader's: starts workers as the leader says. Needs no torch.
+"""The agent of a machine other than the leader's: joins it, and does as it says. Needs no torch.
 
-It takes no configuration from its own command line but where it is, and where the model's files are. Messages between
-workers and the leader's engine core pass through it, so a machine has one connection to the leader. The memory of its
-workers' KV caches belongs to it: it survives a worker, not the agent.
+It takes no configuration from its own command line but where it is, and where the model's files are. What it does is
+described by its ``Duties``: it starts workers (``worker_duties.py``), or whole engine cores. Messages between these and
+the leader pass through it, so a machine has one connection to the leader.
 """
 
 from __future__ import annotations
@@ -13,45 +13,35 @@ import secrets
 import signal
 import socket as sockets
 import time
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import zmq
-from msgspec.structs import replace
 from zmq.utils.monitor import parse_monitor_message
 
-from executor.base import ModelError, WorkerDiedError
-from executor.config import ExecutorConfig
+from executor.base import ModelError
+from executor.config import ExecutorConfig, ParallelConfig
 from executor.identity import code_digest, model_digest
-from executor.liveness import MAX_TICK, sample_process
+from executor.liveness import MAX_TICK
 from executor.log import get_logger, printable, setup_logging
-from executor.multiproc import LocalWorkers, Network
 from executor.nodes.addresses import address_towards, endpoint_of, numeric, use_ipv6
 from executor.nodes.frames import bound_frames, in_frames
-from executor.nodes.head import open_listeners
 from executor.nodes.key_files import read_key_file
 from executor.nodes.keys import FAILED_HANDSHAKES, Curve
 from executor.nodes.messages import (
     NODE_TIMEOUT,
     PING_INTERVAL,
     FromAgent,
-    FromRank,
-    KillNode,
-    LaunchNode,
+    FromMember,
     NodeGoodbye,
     NodeHello,
-    NodeLaunched,
-    NodePrepared,
+    NodePing,
     NodeRefused,
-    NodeStatus,
     NodeUnknown,
     NodeWelcome,
-    PrepareNode,
     ToAgent,
-    ToRanks,
-    WorkerLost,
 )
-from executor.parallel import places
+from executor.nodes.worker_duties import WorkerDuties
 
 logger = get_logger()
 
@@ -59,29 +49,59 @@ REMINDER = 5.0
 """Seconds between lines that say what is waited for."""
 
 
+class Duties(Protocol):
+    """What an agent does for the leader."""
+
+    title: str
+    """What the agent is, for people."""
+    num_engines: int
+    """See ``NodeHello``."""
+
+    def poll_fds(self) -> list[Any]:
+        """What becomes readable when ``take`` has messages."""
+
+    def take(self) -> list[FromMember]:
+        """Messages for the leader, without waiting."""
+
+    def handle(self, message: ToAgent, address: str) -> list[FromMember]:
+        """Does what the leader says. Returns the answers.
+
+        Args:
+            message: One that concerns the duties.
+            address: Of this machine.
+
+        Raises:
+            ModelError: It cannot be done on this machine.
+        """
+
+    def status(self) -> FromMember:
+        """About once a second: how the processes are."""
+
+    def kill(self) -> None:
+        """The leader is lost, or wants it: ends the processes at once."""
+
+    def forget_memory(self) -> None:
+        """Gives the memory that outlives processes back. There are none."""
+
+    def close(self) -> None:
+        """Ends all."""
+
+
 class NodeAgent:
     """Joins the leader, and does as it says."""
 
-    def __init__(self, config: ExecutorConfig, ipc_dir: str, log_level: str = "info") -> None:
+    def __init__(self, parallel: ParallelConfig, digests: tuple[str, str], secret: bytes, duties: Duties) -> None:
         """Connects nowhere yet.
 
         Args:
-            config: As the machine's own command line says, with the paths of the model's files here.
-            ipc_dir: A directory of mode 0700 for the workers' sockets.
-            log_level: Of the workers.
-
-        Raises:
-            ModelError: The key cannot be read.
+            parallel: Where the machine is, and where the leader.
+            digests: Of the program and of the model's files.
+            secret: The cluster's.
+            duties: What the agent does; closed with it.
         """
-        self._own, self._parallel = config, config.parallel
-        self._curve = Curve(secret := read_key_file(config.parallel.cluster_key))
-        self._secret = secret
-        self._digests = code_digest().hex(), model_digest(config.model)
-        self._local = LocalWorkers(ipc_dir, log_level)
-        self._config = config
-        """Of the workers."""
-        self._life = ""
-        self._listeners: dict[str, int] = {}
+        self._parallel, self._digests = parallel, digests
+        self._curve = Curve(secret)
+        self._duties = duties
         self._exit_code: int | None = None
         self._session, self._number, self._has_joined = "", 1, False
         self._silent = 0.0
@@ -89,8 +109,8 @@ class NodeAgent:
         self._ticked_at = self._reminded_at = time.monotonic()
         self._obstacle = ""
         """Why the leader cannot be joined."""
-        self._address = self._parallel.node_address
-        self._endpoint = endpoint_of(self._parallel.master_addr, self._parallel.master_port)
+        self._address = parallel.node_address
+        self._endpoint = endpoint_of(parallel.master_addr, parallel.master_port)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._context: zmq.Context[Any] = zmq.Context()
         self._encoder = msgspec.msgpack.Encoder()
@@ -120,12 +140,7 @@ class NodeAgent:
         """Runs until the leader or a signal says that it should end. Returns the exit code."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._on_signal)
-        logger.info(
-            "machine %d of %d: joining the leader at %s",
-            self._parallel.node_rank,
-            self._parallel.nnodes,
-            self._endpoint,
-        )
+        logger.info("%s: joining the leader at %s", self._duties.title, self._endpoint)
         try:
             self._tick(0.0)
             while self._exit_code is None:
@@ -140,7 +155,7 @@ class NodeAgent:
 
     def _turn(self) -> None:
         poller = zmq.Poller()
-        for source in (self._socket, self._monitor, self._wake, *self._local.poll_fds()):
+        for source in (self._socket, self._monitor, self._wake, *self._duties.poll_fds()):
             poller.register(source, zmq.POLLIN)
         events = dict(poller.poll(int(PING_INTERVAL * 1000)))
         if self._monitor in events:
@@ -167,14 +182,8 @@ class NodeAgent:
             self._leave("the connection to the leader has ended")
 
     def _pass_on(self) -> None:
-        """Sends what workers have said, and that one has died."""
-        try:
-            for frame in self._local.take():
-                self._send(FromRank(self._life, frame))
-        except WorkerDiedError as error:
-            self._kill()
-            logger.error("%s", error)
-            self._send(WorkerLost(self._life, str(error), error.exit_code))
+        for message in self._duties.take():
+            self._send(message)
 
     def _send(self, message: FromAgent) -> None:
         try:
@@ -191,20 +200,9 @@ class NodeAgent:
             if self._silent >= NODE_TIMEOUT:
                 self._leave(f"the leader has said nothing for {self._silent:.0f} s")
             else:
-                self._send(self._status())
+                self._send(self._duties.status())
         if not self._has_joined:
             self._say_hello()
-
-    def _status(self) -> NodeStatus:
-        pids = self._local.worker_pids()
-        if not pids:
-            return NodeStatus()
-        samples = [sample_process(pid) for pid in pids]
-        return NodeStatus(
-            self._life,
-            tuple("" if sample is None else sample.state for sample in samples),
-            tuple(0.0 if sample is None else sample.processor_seconds for sample in samples),
-        )
 
     def _say_hello(self) -> None:
         if self._find_address():
@@ -218,6 +216,7 @@ class NodeAgent:
                     host=sockets.gethostname(),
                     number=self._number,
                     session=self._session,
+                    num_engines=self._duties.num_engines,
                 )
             )
         if (now := time.monotonic()) - self._reminded_at >= REMINDER:
@@ -242,23 +241,13 @@ class NodeAgent:
         logger.warning("%s", why)
         self._has_joined = False
         self._number += 1
-        self._kill()
-
-    def _kill(self) -> None:
-        self._local.kill()
-        self._close_listeners()
-
-    def _close_listeners(self) -> None:
-        for descriptor in self._listeners.values():
-            os.close(descriptor)
-        self._listeners = {}
+        self._duties.kill()
 
     def _end(self) -> None:
-        self._close_listeners()
-        self._local.shutdown()
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
-        self._socket.close(linger=0)
+        self._socket.close(linger=0)  # first: the leader waits for it
+        self._duties.close()
         with contextlib.suppress(OSError):
             os.close(self._wake)
         self._context.term()
@@ -267,11 +256,7 @@ class NodeAgent:
 
     def _handle(self, message: ToAgent) -> None:
         self._silent = 0.0
-        if isinstance(message, ToRanks):
-            if message.life == self._life and self._local.is_up:
-                with contextlib.suppress(WorkerDiedError):  # its end is noticed elsewhere
-                    self._local.send(message.frame)
-        elif isinstance(message, NodeWelcome):
+        if isinstance(message, NodeWelcome):
             self._join(message.session)
         elif isinstance(message, NodeRefused):
             self._refused(message)
@@ -279,23 +264,18 @@ class NodeAgent:
             if self._has_joined:
                 self._leave("the leader is a new process")
             self._say_hello()
-        elif isinstance(message, PrepareNode):
-            self._prepare(message)
-        elif isinstance(message, LaunchNode):
-            self._launch(message)
-        elif isinstance(message, KillNode):
-            self._kill()
-            if message.forgets_memory:
-                self._local.forget_memory()
         elif isinstance(message, NodeGoodbye):
             logger.info("the leader has ended")
             self._exit_code = 0
+        elif not isinstance(message, NodePing):
+            for answer in self._duties.handle(message, self._address):
+                self._send(answer)
 
     def _join(self, session: str) -> None:
         if self._has_joined:
             return
         if session != self._session:  # nobody knows what is in it
-            self._local.forget_memory()
+            self._duties.forget_memory()
         self._session, self._has_joined, self._silent = session, True, 0.0
         logger.info("joined the leader at %s, as %s", self._endpoint, self._address)
 
@@ -304,41 +284,9 @@ class NodeAgent:
             raise ModelError(f"machine 0 does not admit this one: {printable(message.reason)}")
         self._obstacle = printable(message.reason)
 
-    def _prepare(self, message: PrepareNode) -> None:
-        """Opens the sockets of ranks. Files and threads are those of this machine, all else is the leader's."""
-        self._kill()
-        own, theirs = self._own, message.config
-        model = replace(
-            theirs.model,
-            model=own.model.model,
-            weights=own.model.weights,
-            imatrix=own.model.imatrix,
-            vision=own.model.vision,
-        )
-        device = replace(theirs.device, num_threads=own.device.num_threads or theirs.device.num_threads)
-        self._config = replace(theirs, model=model, device=device)
-        self._life = message.life
-        try:
-            found = open_listeners(places(theirs.parallel), self._parallel.node_rank, self._address)
-        except OSError as error:
-            raise ModelError(
-                f"--node-address {self._address}: cannot listen for other machines: {error.strerror or error}"
-            ) from None
-        self._listeners = {name: descriptor for name, (descriptor, _) in found.items()}
-        self._send(NodePrepared(self._life, {name: endpoint for name, (_, endpoint) in found.items()}))
-
-    def _launch(self, message: LaunchNode) -> None:
-        if message.life != self._life or self._local.is_up:
-            return
-        network = Network(cluster_key=self._secret, addresses=message.addresses, endpoints=message.endpoints)
-        ranks = [each for each in places(self._config.parallel) if each.node_rank == self._parallel.node_rank]
-        self._local.launch(self._config, ranks, network, self._listeners)
-        self._close_listeners()
-        self._send(NodeLaunched(self._life, self._local.worker_pids()))
-
 
 def run_agent(config: ExecutorConfig, ipc_dir: str, log_level: str = "info") -> int:
-    """Runs the agent of this machine. Returns the exit code.
+    """Runs the agent of this machine, which starts workers. Returns the exit code.
 
     Args:
         config: As the machine's own command line says, with the paths of the model's files here.
@@ -349,4 +297,6 @@ def run_agent(config: ExecutorConfig, ipc_dir: str, log_level: str = "info") -> 
         ModelError: The key cannot be read, or the leader does not admit the machine.
     """
     setup_logging(f"machine {config.parallel.node_rank}", log_level)
-    return NodeAgent(config, ipc_dir, log_level).run()
+    secret = read_key_file(config.parallel.cluster_key)
+    digests = code_digest().hex(), model_digest(config.model)
+    return NodeAgent(config.parallel, digests, secret, WorkerDuties(config, secret, ipc_dir, log_level)).run()

@@ -7,8 +7,9 @@ import ipaddress
 import os
 import secrets
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import zmq
@@ -42,8 +43,8 @@ REMINDER = 5.0
 """Seconds between lines that say who is missing."""
 EVENTS_PER_TURN = 32
 """Ends of connections looked at in a turn of the core's loop: strangers can make any number."""
-GOODBYE_TIMEOUT = 1000
-"""Milliseconds that last messages have to reach agents."""
+GOODBYE_TIMEOUT = 3.0
+"""Seconds that agents have to hear that they should end."""
 
 
 @dataclass
@@ -57,27 +58,82 @@ class Member:
     host: str
     number: int
     """Of its attempts to join."""
+    title: str
+    """What it is, for people."""
     silent: float = 0.0
     """Seconds since it was last heard from."""
 
     @property
     def name(self) -> str:
-        return f"machine {self.rank} ({printable(self.host)}, {self.address})"
+        return f"{self.title} ({printable(self.host)}, {self.address})"
+
+
+class Roster(Protocol):
+    """Who may join."""
+
+    option: str
+    """That names the address at which machines wait for others."""
+
+    def missing(self, joined: Collection[int]) -> list[int]:
+        """Ranks of machines that have not joined."""
+
+    def objection(self, hello: NodeHello, joined: Collection[int]) -> str | None:
+        """Why a machine cannot join; None: it can."""
+
+    def title(self, hello: NodeHello) -> str:
+        """What a machine that joins is, for people."""
+
+    def reminder(self, missing: list[int]) -> str:
+        """Who is missing, and what to do about it."""
+
+
+class Stages:
+    """Machines that each have some of the pipeline stages. See ``Roster``."""
+
+    option = "--master-addr"
+
+    def __init__(self, nnodes: int) -> None:
+        self._nnodes = nnodes
+
+    def missing(self, joined: Collection[int]) -> list[int]:
+        return [rank for rank in range(1, self._nnodes) if rank not in joined]
+
+    def objection(self, hello: NodeHello, joined: Collection[int]) -> str | None:
+        if hello.num_engines:
+            return f"--headless: it runs engines, and machine 0 wants workers; use --nnodes {self._nnodes} --node-rank"
+        if hello.nnodes != self._nnodes:
+            return f"--nnodes {hello.nnodes}: machine 0 was started with --nnodes {self._nnodes}"
+        if not 0 < hello.node_rank < self._nnodes:
+            return f"--node-rank {hello.node_rank}: must be from 1 to {self._nnodes - 1}"
+        return None
+
+    def title(self, hello: NodeHello) -> str:
+        return f"machine {hello.node_rank}"
+
+    def reminder(self, missing: list[int]) -> str:
+        ranks = ", ".join(map(str, missing))
+        return f"machine {ranks} of {self._nnodes}: start the same command there with its --node-rank"
 
 
 class Members:
     """The agents of the other machines."""
 
-    def __init__(self, config: ExecutorConfig, secret: bytes) -> None:
+    def __init__(self, config: ExecutorConfig, secret: bytes, roster: Roster | None = None) -> None:
         """Waits for connections.
+
+        Args:
+            config: Where to wait, and the model.
+            secret: The cluster's.
+            roster: Who may join. None: the machines that have pipeline stages.
 
         Raises:
             ModelError: The address cannot be used.
         """
         parallel = config.parallel
         self._config = config
+        self._roster: Roster = roster or Stages(parallel.nnodes)
         self.session = secrets.token_hex(8)
-        self.address = own_address(parallel.node_address or parallel.master_addr)
+        self.address = own_address(parallel.node_address or parallel.master_addr, self._roster.option)
         self.endpoint = endpoint_of(self.address, parallel.master_port)
         self._digests: tuple[str, str] | None = None
         """Of the program and of the model."""
@@ -91,7 +147,7 @@ class Members:
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # else who reconnects is never heard if the old one seems alive
-        self._socket.setsockopt(zmq.LINGER, GOODBYE_TIMEOUT)
+        self._socket.setsockopt(zmq.LINGER, 0)
         bound_frames(self._socket)
         self._socket.set_hwm(0)
         use_ipv6(self._socket, self.endpoint)
@@ -105,20 +161,25 @@ class Members:
         except zmq.ZMQError as error:
             self.close()
             raise ModelError(
-                f"--master-addr {parallel.master_addr} --master-port {parallel.master_port}: cannot wait for other "
-                f"machines at {self.endpoint}: {error.strerror}"
+                f"{self._roster.option} {parallel.master_addr}: cannot wait for other machines at {self.endpoint}: "
+                f"{error.strerror}"
             ) from None
         self._monitor.setsockopt(zmq.RCVHWM, 0)  # if it were full of strangers, ZeroMQ's thread would wait
 
     @property
     def missing(self) -> list[int]:
         """Ranks of machines that have not joined."""
-        return [rank for rank in range(1, self._config.parallel.nnodes) if rank not in self._by_rank]
+        return self._roster.missing(self._by_rank)
 
     @property
     def addresses(self) -> tuple[str, ...]:
         """Of all machines, once all have joined."""
         return self.address, *(self._by_rank[rank].address for rank in sorted(self._by_rank))
+
+    @property
+    def joined(self) -> dict[int, tuple[bytes, int]]:
+        """What identifies each machine that has joined, since it did."""
+        return {rank: (member.identity, member.number) for rank, member in self._by_rank.items()}
 
     def name(self, rank: int) -> str:
         """Of a machine, for people."""
@@ -184,7 +245,7 @@ class Members:
         reason = self._objection(hello)
         if reason is not None:
             self._send(identity, NodeRefused(reason))
-            logger.warning("machine %d (%s) may not join: %s", hello.node_rank, printable(hello.host), reason)
+            logger.warning("%s (%s) may not join: %s", self._roster.title(hello), printable(hello.host), reason)
             return
         before = self._by_rank.get(hello.node_rank)
         if before is not None and before.identity != identity and self._send(before.identity, NodePing()):
@@ -195,18 +256,17 @@ class Members:
             return
         if before is not None:
             self._lose(before, "has started again", keeps_memory=hello.session == self.session)
-        member = Member(hello.node_rank, identity, hello.address, hello.host, hello.number)
+        title = self._roster.title(hello)
+        member = Member(hello.node_rank, identity, hello.address, hello.host, hello.number, title)
         self._by_rank[member.rank] = member
         self._send(identity, NodeWelcome(self.session))
         logger.info("%s has joined", member.name)
 
     def _objection(self, hello: NodeHello) -> str | None:
         """Why a machine cannot join; None: it can."""
-        nnodes = self._config.parallel.nnodes
-        if hello.nnodes != nnodes:
-            return f"--nnodes {hello.nnodes}: machine 0 was started with --nnodes {nnodes}"
-        if not 0 < hello.node_rank < nnodes:
-            return f"--node-rank {hello.node_rank}: must be from 1 to {nnodes - 1}"
+        reason = self._roster.objection(hello, self._by_rank)
+        if reason is not None:
+            return reason
         if self._digests is None:
             self._digests = code_digest().hex(), model_digest(self._config.model)
         if hello.code != self._digests[0]:
@@ -263,16 +323,21 @@ class Members:
             )
             self._num_strangers = 0
         if self.missing:
-            logger.info(
-                "waiting at %s for machine %s of %d: start the same command there with its --node-rank",
-                self.endpoint,
-                ", ".join(map(str, self.missing)),
-                self._config.parallel.nnodes,
-            )
+            logger.info("waiting at %s for %s", self.endpoint, self._roster.reminder(self.missing))
 
     def dismiss(self) -> None:
-        """Tells all agents to end."""
+        """Tells all agents to end, and waits until they have heard it.
+
+        ZeroMQ drops what an agent has not read yet when its connection ends.
+        """
         self.broadcast(NodeGoodbye())
+        deadline = time.monotonic() + GOODBYE_TIMEOUT
+        while any(self._send(member.identity, NodePing()) for member in self._by_rank.values()):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            if self._monitor.poll(int(1000 * min(left, PING_INTERVAL))):
+                self._monitor.recv_multipart()
         self.close()
 
     def close(self) -> None:
@@ -287,7 +352,7 @@ class Members:
         self._clock = -1
 
 
-def own_address(host: str) -> str:
+def own_address(host: str, option: str = "--master-addr") -> str:
     """Where this machine waits for connections.
 
     Raises:
@@ -296,10 +361,10 @@ def own_address(host: str) -> str:
     try:
         address = numeric(host)
     except OSError as error:
-        raise ModelError(f"--master-addr {host}: {error.strerror or error}") from None
+        raise ModelError(f"{option} {host}: {error.strerror or error}") from None
     if ipaddress.ip_address(address.partition("%")[0]).is_loopback and host not in (address, "localhost"):
         raise ModelError(
-            f"--master-addr {host}: on this machine the name means {address}, which others cannot reach; add "
+            f"{option} {host}: on this machine the name means {address}, which others cannot reach; add "
             "--node-address with the address at which they reach it"
         )
     return address

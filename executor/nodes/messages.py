@@ -35,6 +35,8 @@ class NodeHello(Message, frozen=True):
     """Counts the agent's attempts to join; it repeats the message until there is an answer."""
     session: str = ""
     """That of the last welcome: the workers' memory is still there. Empty: there was none."""
+    num_engines: int = 0
+    """Engines that the machine runs, from number ``node_rank`` on, out of ``nnodes``. 0: it runs workers."""
 
 
 class NodeWelcome(Message, frozen=True):
@@ -150,6 +152,62 @@ class WorkerLost(Message, frozen=True):
     """See ``WorkerDiedError``."""
 
 
+class LaunchEngine(Message, frozen=True):
+    """Start an engine core."""
+
+    life: str
+    """Of the engine core."""
+    engine: int
+    """Which of the engines."""
+    launch: bytes
+    """Its start message, but for what the agent knows: addresses, folders and files of its machine."""
+
+
+class KillEngine(Message, frozen=True):
+    """End an engine core at once."""
+
+    life: str
+    """That one."""
+
+
+class ToEngine(Message, frozen=True):
+    """A message to an engine core."""
+
+    life: str
+    """That one."""
+    frame: bytes
+    """The message."""
+
+
+class FromEngine(Message, frozen=True):
+    """A message of an engine core."""
+
+    life: str
+    """Of the engine core."""
+    frame: bytes
+    """The message."""
+
+
+class EngineEnded(Message, frozen=True):
+    """An engine core has ended; all its messages have been passed on."""
+
+    life: str
+    """Of the engine core."""
+    exit_code: int
+    """Negative for a signal."""
+    record: bytes = b""
+    """Its flight record."""
+
+
+class EngineStatus(Message, frozen=True):
+    """The agent lives."""
+
+    life: str = ""
+    """Not used: the message concerns all engine cores of the machine."""
+    states: dict[str, tuple[str, float]] = {}
+    """By life: the state of the engine core's process, and its CPU time."""
+
+
 class AgentLaunch(Message, frozen=True):
     """The start message of an agent that another program, such as Ray, starts."""
 
@@ -189,7 +247,18 @@ class RayReport(Message, frozen=True):
 
 
 ToAgent = (
-    NodeWelcome | NodeRefused | NodeUnknown | PrepareNode | LaunchNode | KillNode | NodeGoodbye | NodePing | ToRanks
+    NodeWelcome
+    | NodeRefused
+    | NodeUnknown
+    | NodeGoodbye
+    | NodePing
+    | PrepareNode
+    | LaunchNode
+    | KillNode
+    | ToRanks
+    | LaunchEngine
+    | KillEngine
+    | ToEngine
 )
-FromMember = NodePrepared | NodeLaunched | FromRank | NodeStatus | WorkerLost
+FromMember = NodePrepared | NodeLaunched | FromRank | NodeStatus | WorkerLost | FromEngine | EngineEnded | EngineStatus
 FromAgent = NodeHello | FromMember

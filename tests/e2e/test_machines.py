@@ -29,10 +29,11 @@ pytestmark = pytest.mark.alone  # stages wait for each other
 class Agent:
     """``octavo serve`` on another machine."""
 
-    def __init__(self, *flags: str, prefix: Sequence[str] = ()) -> None:
+    def __init__(self, *flags: str, prefix: Sequence[str] = (), env: dict[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "api", "serve", *flags],
             cwd=ROOT,
+            env={**os.environ, **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
+from executor.nodes.key_files import create_key_file
 from tests.e2e.server import Server
 from tests.e2e.test_faults import MAX_TOKENS, NUM_STREAMS, Stream, body
+from tests.e2e.test_machines import Agent
 
 
-async def run_streams(server: Server, *titles: str) -> list[Stream]:
-    """Runs the streams; kills each process once 40 tokens more have come."""
+async def run_streams(server: Server, *disturbances: str | Callable[[], None]) -> list[Stream]:
+    """Runs the streams; kills each process, or does something else, once 40 tokens more have come."""
     streams = [Stream() for _ in range(NUM_STREAMS)]
     async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
         tasks = [asyncio.create_task(stream.read(client, body(i))) for i, stream in enumerate(streams)]
-        for title in titles:
+        for disturbance in disturbances:
             num_tokens = sum(len(stream.tokens) for stream in streams)
             while sum(len(stream.tokens) for stream in streams) < num_tokens + 40:
                 ended = [task.result() for task in tasks if task.done()]
                 if len(ended) == len(tasks):
                     break
                 await asyncio.sleep(0.001)
-            find(server, title).kill()
+            if isinstance(disturbance, str):
+                find(server, disturbance).kill()
+            else:
+                disturbance()
         await asyncio.gather(*tasks)
     return streams
 
@@ -77,3 +84,50 @@ def test_streams_go_on_in_another_engine(tiny_model: Path) -> None:
         cores = set(psutil.Process().cpu_affinity())
         assert set(shares[0]) | set(shares[1]) == cores
         assert len(cores) < 2 or not set(shares[0]) & set(shares[1])
+
+
+@pytest.mark.timeout(300)
+def test_engines_of_two_machines(tiny_model: Path, tmp_path: Path) -> None:
+    """Played by processes of this one: an engine core dies on the other, then all of it."""
+    key = tmp_path / "key"
+    create_key_file(key)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    both = ["--model", str(tiny_model), "--dtype", "float32", "--data-parallel-size", "2", "--cluster-key", str(key)]
+    both += ["--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", str(port)]
+    slow = {"OCTAVO_CPU_CAPABILITY": "reference"}  # so that the api and this process hear of tokens before the last
+    others = [*both, "--headless", "--data-parallel-start-rank", "1", "--num-threads", "1"]
+    flags = [*both, "--data-parallel-size-local", "1", "--kv-cache-memory", "64MiB", "--max-model-len", "512"]
+    agents = [Agent(*others, env=slow)]
+    try:
+        with Server(*flags, "--num-threads", "1", env=slow) as server:
+            undisturbed = asyncio.run(run_streams(server))
+
+            def kill_core() -> None:
+                core = next(iter(children_of(agents[-1], "octavo engine_core")))
+                core.kill()
+
+            def kill_machine() -> None:
+                agents[-1].kill()
+                agents.append(Agent(*others, env=slow))
+
+            for disturb in (kill_core, kill_machine):
+                moved = server.metric("octavo:streams_moved_total")
+                while server.metric("octavo:streams_moved_total") == moved:  # its streams may have ended before
+                    restarts = server.metric("octavo:engine_restarts_total")
+                    streams = asyncio.run(run_streams(server, disturb))
+                    returned(server, int(restarts) + 1)
+                    for before, after in zip(undisturbed, streams, strict=True):
+                        assert (after.tokens, after.text) == (before.tokens, before.text)
+            answer = server.post("/v1/completions", {**body(1), "stream": False}, headers={"X-data-parallel-rank": "1"})
+            assert answer.json()["choices"][0]["text"] == undisturbed[1].text
+            assert "octavo:engine_restarts" in httpx.get(f"{server.url}/metrics").text
+        assert agents[-1].wait() == 0, "the server has said goodbye"
+    finally:
+        for agent in agents:
+            agent.kill()
+
+
+def children_of(agent: Agent, title: str) -> list[psutil.Process]:
+    found = psutil.Process(agent.process.pid).children(recursive=True)
+    return [each for each in found if title in " ".join(each.cmdline())]

@@ -23,8 +23,9 @@ from api.machines import first_host, place_from
 from executor import multiproc
 from executor.base import ModelError, WorkerDiedError
 from executor.config import ExecutorConfig, ModelConfig, ParallelConfig
+from executor.identity import code_digest, model_digest
 from executor.messages import EXIT_MODEL, Heartbeat, InitKVCache, WorkerFailed
-from executor.multiproc import LISTENER
+from executor.multiproc import LISTENER, LocalWorkers
 from executor.nodes import agent as agents
 from executor.nodes import members
 from executor.nodes.addresses import endpoint_of
@@ -33,6 +34,7 @@ from executor.nodes.head import RUNNING, NodesExecutor
 from executor.nodes.key_files import create_key_file, read_key_file
 from executor.nodes.keys import Curve, Gate
 from executor.nodes.messages import NodeHello, NodeStatus
+from executor.nodes.worker_duties import WorkerDuties
 from executor.parallel import SharedByRanks, awaited_from_afar, places
 from tests.null.test_multiproc import FakeChild, Peer
 
@@ -165,6 +167,18 @@ def cluster(key: Path, node_rank: int = 0, port: int = 0, **fields: Any) -> Exec
     return ExecutorConfig(model=ModelConfig(model=str(key.parent / f"model{node_rank}")), parallel=parallel)
 
 
+def create_agent(config: ExecutorConfig, folder: Path) -> NodeAgent:
+    secret = read_key_file(config.parallel.cluster_key)
+    digests = code_digest().hex(), model_digest(config.model)
+    return NodeAgent(config.parallel, digests, secret, WorkerDuties(config, secret, str(folder)))
+
+
+def workers_of(agent: NodeAgent | None) -> LocalWorkers:
+    """Of its machine."""
+    assert agent is not None and isinstance(agent._duties, WorkerDuties)
+    return agent._duties._local
+
+
 class Machines:
     """A leader and an agent, which take turns, and their workers, which do nothing by themselves."""
 
@@ -182,7 +196,7 @@ class Machines:
         return executor
 
     def start_agent(self, **fields: Any) -> NodeAgent:
-        return NodeAgent(cluster(self.key, 1, self.config.parallel.master_port, **fields), str(self.folder / "1"))
+        return create_agent(cluster(self.key, 1, self.config.parallel.master_port, **fields), self.folder / "1")
 
     def until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + DEADLINE
@@ -220,6 +234,7 @@ def machines(tmp_path: Path, key: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(multiproc, "ChildProcess", Child)
     monkeypatch.setattr(agents, "PING_INTERVAL", 0.02)
     monkeypatch.setattr(members, "PING_INTERVAL", 0.02)
+    monkeypatch.setattr(members, "GOODBYE_TIMEOUT", 0.0)  # they are in one thread
     result = Machines(tmp_path, key)
     result.children = children
     yield result
@@ -241,7 +256,7 @@ def test_messages_reach_workers_and_come_back(machines: Machines) -> None:
     assert machines.leader.worker_pids() == (1234, 1234) and set(machines.leader.remote_samplers()) == {1}
     peers = [Peer(launch) for launch in launches]
     assert machines.agent is not None
-    for local in (machines.leader._local, machines.agent._local):
+    for local in (machines.leader._local, workers_of(machines.agent)):
         assert local._inputs[0].poll(5000, zmq.POLLOUT)
     machines.leader.submit(MESSAGE)
     for rank, peer in enumerate(peers):
@@ -273,9 +288,9 @@ def test_a_worker_of_another_machine_dies(machines: Machines) -> None:
     (theirs,) = (child for child in machines.children if child.launch.parallel.rank == 1)
     theirs.exit_code = -9
     assert machines.agent is not None
-    memory = machines.agent._local._kv_memory
+    memory = workers_of(machines.agent)._kv_memory
     lives_again(machines, r"^worker 1 \(pid 1234\) ended with exit code -9 on machine 1 \(", loses_memory=False)
-    assert memory and machines.agent._local._kv_memory is memory
+    assert memory and workers_of(machines.agent)._kv_memory is memory
 
 
 def test_an_agent_dies(machines: Machines) -> None:
@@ -303,7 +318,7 @@ def test_a_machine_that_is_silent_is_lost_and_may_come_back(
 def test_a_new_leader_is_joined_and_knows_nothing_of_old_memory(machines: Machines) -> None:
     machines.run()
     agent = machines.agent
-    assert agent is not None and agent._local._kv_memory
+    assert agent is not None and workers_of(agent)._kv_memory
     session = agent._session
     leader = machines.leader
     assert leader._members is not None
@@ -312,7 +327,7 @@ def test_a_new_leader_is_joined_and_knows_nothing_of_old_memory(machines: Machin
     leader.shutdown()
     machines.leader = machines.start_leader()
     machines.until(lambda: agent._session != session)
-    assert not agent._local.is_up and not agent._local._kv_memory
+    assert not workers_of(agent).is_up and not workers_of(agent)._kv_memory
     machines.run()
 
 
@@ -330,7 +345,7 @@ def test_a_machine_that_does_not_fit_is_refused(machines: Machines, fields: dict
     machines.agent = None
     parallel = {"node_rank": 1, **fields}
     config = cluster(machines.key, parallel.pop("node_rank"), machines.config.parallel.master_port, **parallel)
-    agent = NodeAgent(config, str(machines.folder / "1"))
+    agent = create_agent(config, machines.folder / "1")
     with pytest.raises(ModelError, match=f"^machine 0 does not admit this one: {message}"):
         for _ in range(1000):
             agent._turn()
@@ -423,7 +438,7 @@ def test_an_agent_with_another_key_says_so(
     machines.agent._end()
     other = tmp_path / "other"
     create_key_file(other)
-    machines.agent = NodeAgent(cluster(other, 1, machines.config.parallel.master_port), str(tmp_path / "1"))
+    machines.agent = create_agent(cluster(other, 1, machines.config.parallel.master_port), tmp_path / "1")
     agent = machines.agent
     machines.until(lambda: "keys do not match" in agent._obstacle)
     assert not agent._has_joined

@@ -21,7 +21,7 @@ from executor.nodes.keys import Curve
 from executor.nodes.messages import NodeStatus, NodeUnknown, ToAgent
 from executor.parallel import num_sharers
 from tests.null.core_harness import Harness, worker_ready
-from tests.null.test_machines import DEADLINE, Machines, key, machines
+from tests.null.test_machines import DEADLINE, Machines, key, machines, workers_of
 from tests.null.test_multiproc import Peer
 
 __all__ = ["key", "machines"]
@@ -35,7 +35,7 @@ def test_long_messages_are_sent_in_parts(machines: Machines) -> None:
     peer = Peer(theirs)
     text = "x" * (3 * FRAME_BYTES)
     assert machines.agent is not None
-    assert machines.agent._local._inputs[0].poll(5000, zmq.POLLOUT)
+    assert workers_of(machines.agent)._inputs[0].poll(5000, zmq.POLLOUT)
     ours = Peer(next(child.launch for child in machines.children if child.launch is not theirs))
     assert machines.leader._local._inputs[0].poll(5000, zmq.POLLOUT)
     machines.leader.submit(InitKVCache((1,), 1, text))

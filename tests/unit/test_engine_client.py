@@ -137,6 +137,9 @@ class FakeSupervisor:
             raise self.error
         self.cores.append(Core(self.context, self.address, epoch))
 
+    def watch(self) -> ProcessWatch:
+        return ProcessWatch(self.pid)
+
     def last_work(self) -> LastWork:
         return self.work
 
@@ -585,7 +588,7 @@ async def test_a_core_that_does_not_answer_is_killed(
     FakeSupervisor.folder = tmp_path
     monkeypatch.setattr(engine_client, "Supervisor", FakeSupervisor)
     monkeypatch.setattr(engine_client, "PING_INTERVAL", 0.001)
-    monkeypatch.setattr(engine_client, "ProcessWatch", lambda pid: ProcessWatch(pid, lambda: now, look))
+    monkeypatch.setattr(FakeSupervisor, "watch", lambda self: ProcessWatch(self.pid, lambda: now, look))
     harness = Harness()
 
     async def looks(count: int) -> None:
