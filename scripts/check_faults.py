@@ -8,7 +8,8 @@
 The engine core, workers and helpers take turns, and so do the signals. The next kill comes up to a second after the
 server is ready again, so that some of them hit a restart. What stands after ``--`` goes to the server. With
 ``--machines``, the second of two pipeline stages is on another machine, whose agent and worker are killed, too; an
-agent that was stopped is killed once it counts as lost.
+agent that was stopped is killed once it counts as lost. With ``--ray``, Ray provides that machine (with the package in
+this interpreter), and its node is killed as well.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from machines import other_machine
+from machines import node_of_ray, other_machine
 from processes import ROOT, Server, descendants, signals_as_exceptions
 
 TITLES = {"core": r"octavo engine_core", "worker": r"octavo worker \d+", "helper": r"octavo \w+ helper"}
 FAR_TITLES = {"agent": r"octavo machine 1", "remote": r"octavo worker 1"}
 """On the other machine."""
+RAY_TITLES = {"actor": r"ray::AgentActor", "node": r"\S*/raylet/raylet "}
+"""Of Ray there."""
 LOST = 9.0
 """Seconds after which a machine that is silent counts as lost, and a little more."""
 SIGNALS = ("KILL", "SEGV", "ABRT", "STOP")
@@ -106,7 +109,7 @@ def find(servers: Servers, target: str) -> tuple[int, str] | None:
     for pid, started in sorted(descendants(server.pid)):
         with contextlib.suppress(OSError):
             title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
-            if re.match((TITLES | FAR_TITLES)[target], title):
+            if re.match((TITLES | FAR_TITLES | RAY_TITLES)[target], title):
                 return pid, started
     return None
 
@@ -235,22 +238,26 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=400, help="tokens per stream; longer streams see more kills")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the times of kills")
-    parser.add_argument("--targets", nargs="+", choices=[*TITLES, *FAR_TITLES], help="default: all that there are")
+    parser.add_argument(
+        "--targets", nargs="+", choices=[*TITLES, *FAR_TITLES, *RAY_TITLES], help="default: all that there are"
+    )
     parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=list(SIGNALS))
     parser.add_argument("--model", default="", help="default: the demo model")
     parser.add_argument("--tiny", action="store_true", help="use a tiny model with random weights")
     parser.add_argument("--machines", action="store_true", help="on two machines; needs root")
+    parser.add_argument("--ray", action="store_true", help="on two machines of a Ray cluster; needs root, and ray")
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser.parse_args(arguments[:split])
     model = tiny_model() if options.tiny else options.model
-    options.targets = options.targets or [*TITLES, *(FAR_TITLES if options.machines else ())]
+    far = {**FAR_TITLES, **RAY_TITLES} if options.ray else FAR_TITLES if options.machines else {}
+    options.targets = options.targets or [*TITLES, *far]
     flags = ["--max-num-seqs", str(options.streams)]
     flags += [*(["--model", model, "--kv-cache-memory", "256MiB"] if model else []), *arguments[split + 1 :]]
     with signals_as_exceptions(), contextlib.ExitStack() as stack:
         others = []
-        if options.machines:
-            place, other = stack.enter_context(other_machine(flags))
+        if options.machines or options.ray:
+            place, other = stack.enter_context(node_of_ray() if options.ray else other_machine(flags))
             flags += place
             others.append(other)
         server = Server([sys.executable, "-m", "api", "--port", "{port}", *flags])

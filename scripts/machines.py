@@ -1,4 +1,5 @@
-"""A second machine for scripts: a network namespace behind a virtual cable, in which an agent runs and is restarted."""
+"""A second machine for scripts: a network namespace behind a virtual cable. An agent, or a node of Ray, runs there, again
+and again."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from processes import Server, free_port
+from processes import ROOT, Server, free_port
 
 HERE, THERE = "10.77.1.1", "10.77.1.2"
 
@@ -60,3 +61,35 @@ def other_machine(arguments: list[str]) -> Iterator[tuple[list[str], Server]]:
             yield place, processes
         finally:
             processes.stop()
+
+
+@contextmanager
+def node_of_ray() -> Iterator[tuple[list[str], Server]]:
+    """Runs a Ray cluster of two nodes, one in a namespace, which is started again whenever it ends.
+
+    Yields:
+        Arguments of a server with a pipeline stage on each, and the processes of the other node.
+    """
+    program = str(Path(sys.executable).parent / "ray")
+    small = ["--include-dashboard=false", "--object-store-memory=80000000", "--disable-usage-stats"]
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder, namespace() as prefix:
+        port = free_port()
+        environment = {
+            "PYTHONPATH": str(ROOT),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": os.urandom(32).hex(),
+            "RAY_SCHEDULER_EVENTS": "0",
+        }
+        os.environ.update(environment)
+        head = ["--head", f"--node-ip-address={HERE}", f"--port={port}", "--num-cpus=0", f"--temp-dir={folder}", *small]
+        first = Server([program, "start", "--block", *head])
+        try:
+            join = ["start", "--block", f"--address={HERE}:{port}", f"--node-ip-address={THERE}", "--num-cpus=1"]
+            loop = 'while true; do "$@"; sleep 0.2; done'
+            second = Server([*prefix, "bash", "-c", loop, "bash", program, *join, "--object-store-memory=80000000"])
+            try:
+                yield ["-pp", "2", "--distributed-executor-backend", "ray", "--ray-address", f"{HERE}:{port}"], second
+            finally:
+                second.stop()
+        finally:
+            first.stop()
