@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -17,7 +18,7 @@ from executor.log import get_logger, printable, setup_logging
 from executor.nodes.key_files import HeldKey, create_key_file
 from executor.nodes.messages import AgentLaunch, RayPlacement
 from executor.nodes.ray_machines import RayMachines
-from executor.parallel import numa_nodes
+from executor.parallel import numa_nodes, thread_places
 from executor.process import (
     ChildProcess,
     become_child,
@@ -37,6 +38,8 @@ RUST_STACK_BYTES = 16 << 20
 """Stack of threads that compute grammar masks: as large as that of the threads that compile grammars."""
 _MODULE = "engine_core"
 _ENVIRONMENT = {"RUST_MIN_STACK": str(RUST_STACK_BYTES)}
+_OWN_CORES = ("OMP_PLACES", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY")
+"""Variables by which users say themselves where threads run."""
 
 
 class EngineCoreLaunch(Config, frozen=True):
@@ -65,7 +68,7 @@ def launch_engine_core(launch: EngineCoreLaunch) -> ChildProcess:
     """
     payload = msgspec.msgpack.encode(launch)
     return prepared_child(_MODULE, payload) or ChildProcess(
-        _MODULE, payload, _ENVIRONMENT, arguments=_early_children(launch.config)
+        _MODULE, payload, _environment(launch.config), arguments=_early_children(launch.config)
     )
 
 
@@ -75,7 +78,7 @@ def prepare_engine_core(config: EngineConfig) -> None:
     Args:
         config: May still change in all but the kind of executor.
     """
-    prepare_child(_MODULE, _ENVIRONMENT, _early_children(config))
+    prepare_child(_MODULE, _environment(config), _early_children(config))
 
 
 def prepare_agent() -> None:
@@ -108,6 +111,14 @@ def open_replicas(config: EngineConfig, first: int, size: int) -> Replicas:
     from engine_core.replicas import Replicas
 
     return Replicas(config, first, size)
+
+
+def _environment(config: EngineConfig) -> dict[str, str]:
+    """What an engine core's environment has besides. Its workers inherit it."""
+    shares_cores = config.num_replicas > 1 or config.executor.parallel.world_size > 1
+    if shares_cores or any(name in os.environ for name in _OWN_CORES):
+        return _ENVIRONMENT
+    return _ENVIRONMENT | thread_places()
 
 
 def _early_children(config: EngineConfig) -> list[str]:
@@ -149,6 +160,7 @@ __all__ = [
     "engine_identity",
     "get_logger",
     "launch_engine_core",
+    "thread_places",
     "numa_nodes",
     "open_replicas",
     "discard_prepared",

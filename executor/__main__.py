@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from executor.process import become_child
@@ -9,8 +10,11 @@ from executor.process import become_child
 
 def main() -> int:
     become_child("octavo worker")  # before the imports, which take seconds in which the parent may end
+    usable = os.sched_getaffinity(0)
     from executor.worker import run
 
+    # With OMP_PROC_BIND, libgomp has put this thread on one core, which all that it starts from now on would inherit.
+    os.sched_setaffinity(0, usable)
     return run()
 
 

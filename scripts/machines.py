@@ -1,5 +1,5 @@
-"""A second machine for scripts: a network namespace behind a virtual cable. An agent, or a node of Ray, runs there, again
-and again."""
+"""A second machine for scripts: a network namespace behind a virtual cable, with an agent or a node of Ray, which are
+restarted."""
 
 from __future__ import annotations
 

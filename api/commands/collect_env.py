@@ -15,7 +15,7 @@ from pathlib import Path
 
 from api.config import ENVIRONMENT
 from api.version import VERSION
-from engine_core.launch import child_command, child_environment
+from engine_core.launch import child_command, child_environment, numa_nodes, thread_places
 
 PACKAGES = (
     "torch",
@@ -71,8 +71,8 @@ def _hardware() -> Iterator[tuple[str, str]]:
     flags = info.get("flags", info.get("Features", "")).split()
     yield "CPU capabilities", ", ".join(flag for flag in INTERESTING_FLAGS if flag in flags) or "unknown"
     yield "CPUs", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} usable"
-    nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
-    yield "NUMA nodes", str(nodes or 1)
+    yield "NUMA nodes", str(len(numa_nodes()) or 1)
+    yield "threads", "a core for each, in the order of NUMA nodes" if thread_places() else "on any core"
     memory = _fields("/proc/meminfo")
     yield "memory", f"{memory.get('MemAvailable', '?')} of {memory.get('MemTotal', '?')} available"
     yield "memory limit", _read("/sys/fs/cgroup/memory.max") or "none"

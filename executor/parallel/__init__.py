@@ -1,6 +1,6 @@
 """Ranks: a worker's place among those that share a model, and its share of the model."""
 
-from executor.parallel.cores import about_ranks, numa_nodes, split_cores
+from executor.parallel.cores import about_ranks, numa_nodes, split_cores, thread_places
 from executor.parallel.memory import (
     RANKS,
     STAGES,
@@ -35,5 +35,6 @@ __all__ = [
     "split_cores",
     "split_heads",
     "split_layers",
+    "thread_places",
     "tokens_event",
 ]

@@ -76,6 +76,27 @@ def split_cores(
     return [tuple(ordered[share.start : share.end]) for share in split_evenly(len(ordered), num_ranks)]
 
 
+def thread_places(
+    usable: Collection[int] | None = None, nodes: dict[int, frozenset[int]] | None = None, folder: Path = CPUS
+) -> dict[str, str]:
+    """Variables that keep each thread of a worker without ranks on a core of its own.
+
+    Weights are laid out by the thread that will multiply with them, so they lie in the memory of its NUMA node as long
+    as it stays there. Empty if there is one such node.
+
+    Args:
+        usable: Cores that the worker may use. Default: those of this process.
+        nodes: Cores by NUMA node. Default: as the system says.
+        folder: Where the system describes its CPUs.
+    """
+    usable = os.sched_getaffinity(0) if usable is None else usable
+    nodes = numa_nodes() if nodes is None else nodes
+    if sum(not own.isdisjoint(usable) for own in nodes.values()) < 2:
+        return {}
+    cores = split_cores(len(usable), usable, nodes, folder)
+    return {"OMP_PLACES": ",".join(f"{{{core}}}" for (core,) in cores), "OMP_PROC_BIND": "spread"}
+
+
 def about_ranks(cores: Sequence[Collection[int]], nodes: Mapping[int, frozenset[int]] | None = None) -> str:
     """Says on which cores ranks run, and what that is good for.
 

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor.parallel import Share, about_ranks, split_columns, split_cores, split_heads, split_layers
+from engine_core import launch
+from engine_core.config import EngineConfig, ExecutorConfig, ParallelConfig
+from executor.parallel import (
+    Share,
+    about_ranks,
+    split_columns,
+    split_cores,
+    split_heads,
+    split_layers,
+    thread_places,
+)
 from executor.parallel.cores import format_cores, numa_nodes, parse_cores
 
 SHAPES = [(9, 3), (4, 2), (8, 1), (6, 2), (12, 12), (16, 8), (32, 8), (7, 7)]
@@ -97,6 +107,23 @@ def test_ranks_have_cores_of_their_own(tmp_path: Path) -> None:
     assert split_cores(2, range(8), nodes, tmp_path) == [(0, 2, 4, 6), (1, 3, 5, 7)]
     assert split_cores(3, range(7), nodes, tmp_path) == [(0, 2, 4), (6, 1), (3, 5)]
     assert split_cores(3, [5, 4], {}, tmp_path) == [(4,), (5,), (4,)]
+    two = {0: frozenset(range(0, 8, 2)), 1: frozenset(range(1, 8, 2))}
+    expected = {"OMP_PLACES": "{0},{2},{4},{6},{1},{3},{5}", "OMP_PROC_BIND": "spread"}
+    assert thread_places(range(7), two, tmp_path) == expected
+    assert thread_places((0, 2), two, tmp_path) == {} == thread_places(range(8), {}, tmp_path), "one node"
+
+
+def test_threads_have_cores_of_their_own_unless_ranks_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "thread_places", lambda: {"OMP_PLACES": "{0},{1}"})
+    for variable in launch._OWN_CORES:
+        monkeypatch.delenv(variable, raising=False)
+    alone = EngineConfig()
+    assert launch._environment(alone)["OMP_PLACES"] == "{0},{1}"
+    ranks = ExecutorConfig(parallel=ParallelConfig(tensor_parallel_size=2))
+    for shares in (EngineConfig(executor=ranks), EngineConfig(num_replicas=2)):
+        assert launch._environment(shares) == launch._ENVIRONMENT
+    monkeypatch.setenv("GOMP_CPU_AFFINITY", "0 1")
+    assert launch._environment(alone) == launch._ENVIRONMENT
     assert numa_nodes(tmp_path / "none") == {}
     assert about_ranks([(0, 2, 4, 6), (1, 3, 5, 7)], nodes) == "ranks run on cores 0,2,4,6 | 1,3,5,7"
     assert about_ranks([(0,), (1,)], {}).endswith("on one NUMA node, they are no faster than threads")
