@@ -111,19 +111,6 @@ def test_ranks_have_cores_of_their_own(tmp_path: Path) -> None:
     expected = {"OMP_PLACES": "{0},{2},{4},{6},{1},{3},{5}", "OMP_PROC_BIND": "spread"}
     assert thread_places(range(7), two, tmp_path) == expected
     assert thread_places((0, 2), two, tmp_path) == {} == thread_places(range(8), {}, tmp_path), "one node"
-
-
-def test_threads_have_cores_of_their_own_unless_ranks_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "thread_places", lambda: {"OMP_PLACES": "{0},{1}"})
-    for variable in launch._OWN_CORES:
-        monkeypatch.delenv(variable, raising=False)
-    alone = EngineConfig()
-    assert launch._environment(alone)["OMP_PLACES"] == "{0},{1}"
-    ranks = ExecutorConfig(parallel=ParallelConfig(tensor_parallel_size=2))
-    for shares in (EngineConfig(executor=ranks), EngineConfig(num_replicas=2)):
-        assert launch._environment(shares) == launch._ENVIRONMENT
-    monkeypatch.setenv("GOMP_CPU_AFFINITY", "0 1")
-    assert launch._environment(alone) == launch._ENVIRONMENT
     assert numa_nodes(tmp_path / "none") == {}
     assert about_ranks([(0, 2, 4, 6), (1, 3, 5, 7)], nodes) == "ranks run on cores 0,2,4,6 | 1,3,5,7"
     assert about_ranks([(0,), (1,)], {}).endswith("on one NUMA node, they are no faster than threads")
@@ -137,3 +124,16 @@ def test_threads_of_a_core_stay_together(tmp_path: Path) -> None:
         (folder / "core_id").write_text(f"{cpu % 4}\n")
     assert split_cores(2, range(8), {}, tmp_path) == [(0, 4, 1, 5), (2, 6, 3, 7)]
     assert split_cores(4, range(8), {}, tmp_path)[3] == (3, 7)
+
+
+def test_threads_have_cores_of_their_own_unless_ranks_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "thread_places", lambda: {"OMP_PLACES": "{0},{1}"})
+    for variable in launch._OWN_CORES:
+        monkeypatch.delenv(variable, raising=False)
+    alone = EngineConfig()
+    assert launch._environment(alone)["OMP_PLACES"] == "{0},{1}"
+    ranks = ExecutorConfig(parallel=ParallelConfig(tensor_parallel_size=2))
+    for shares in (EngineConfig(executor=ranks), EngineConfig(num_replicas=2)):
+        assert launch._environment(shares) == launch._ENVIRONMENT
+    monkeypatch.setenv("GOMP_CPU_AFFINITY", "0 1")
+    assert launch._environment(alone) == launch._ENVIRONMENT
