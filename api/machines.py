@@ -138,8 +138,9 @@ def check_machines(engine: EngineConfig, num_replicas: int) -> None:
         )
     if num_replicas > 1:
         raise ConfigError(
-            f"--nnodes {nnodes}: a server with several engines runs on one machine; start a server for each with "
-            "--data-parallel-rank, or omit --data-parallel-size"
+            f"--nnodes {nnodes}: with several engines, each has one machine; omit --nnodes and add machines with "
+            "--data-parallel-address and --headless, start a server for each with --data-parallel-rank, or omit "
+            "--data-parallel-size"
         )
     if engine.cache.kv_cache_dir:
         raise ConfigError(f"--nnodes {nnodes}: --kv-cache-dir keeps the KV cache of one machine; omit it")

@@ -89,8 +89,10 @@ class AgentKeeper:
             raise ModelError(
                 f"{where}: cannot join a Ray cluster ({_first_line(error)}); ray start --head begins one here"
             ) from None
-        self.address = str(self._ray.util.get_node_ip_address())
-        self._cluster = str(self._ray.get_runtime_context().gcs_address)
+        context = self._ray.get_runtime_context()
+        own = context.get_node_id()
+        self.address = next(str(each["NodeManagerAddress"]) for each in self._ray.nodes() if each["NodeID"] == own)
+        self._cluster = str(context.gcs_address)
 
     def place(self) -> None:
         """Waits for machines, and for places on them.

@@ -38,7 +38,7 @@ RAY = {"distributed_executor_backend": "ray", "pipeline_parallel_size": 3}
         ({"ray_address": "ray://10.0.0.1:10001"}, "the server runs on a machine of the cluster.* without ray://"),
         ({"distributed_executor_backend": "mp"}, "--ray-address auto: needs --distributed-executor-backend ray"),
         ({"nnodes": 4}, "--nnodes 4: machines divide a model by pipeline stages"),
-        ({"data_parallel_size": 2}, "--nnodes 3: a server with several engines runs on one machine"),
+        ({"data_parallel_size": 2}, "--nnodes 3: with several engines, each has one machine"),
         ({"master_addr": "0.0.0.0"}, "--nnodes 3 needs --master-addr"),
     ],
 )

@@ -25,11 +25,12 @@ def init(address: str, **options: Any) -> None:
 
 
 def nodes() -> list[dict[str, Any]]:
-    return [{"Alive": True}] * num_nodes + [{"Alive": False}]
+    alive = [{"Alive": True, "NodeID": str(i), "NodeManagerAddress": f"127.0.0.{i}"} for i in range(1, 1 + num_nodes)]
+    return [{**alive[0], "Alive": False, "NodeID": "9"}, *alive]
 
 
 def get_runtime_context() -> Any:
-    return SimpleNamespace(gcs_address="127.0.0.1:6379")
+    return SimpleNamespace(gcs_address="127.0.0.1:6379", get_node_id=lambda: "1")
 
 
 class _Method:

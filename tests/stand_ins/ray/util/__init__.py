@@ -17,7 +17,3 @@ class PlacementGroup:
 
 def placement_group(bundles: list[dict[str, float]], strategy: str) -> Any:
     return PlacementGroup(bundles, strategy)
-
-
-def get_node_ip_address() -> str:
-    return "127.0.0.1"
