@@ -88,7 +88,7 @@ def test_streams_go_on_in_another_engine(tiny_model: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_engines_of_two_machines(tiny_model: Path, tmp_path: Path) -> None:
-    """Played by processes of this one: an engine core dies on the other, then all of it."""
+    """Played by processes of this one; the other is lost."""
     key = tmp_path / "key"
     create_key_file(key)
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -103,31 +103,19 @@ def test_engines_of_two_machines(tiny_model: Path, tmp_path: Path) -> None:
         with Server(*flags, "--num-threads", "1", env=slow) as server:
             undisturbed = asyncio.run(run_streams(server))
 
-            def kill_core() -> None:
-                core = next(iter(children_of(agents[-1], "octavo engine_core")))
-                core.kill()
-
             def kill_machine() -> None:
                 agents[-1].kill()
                 agents.append(Agent(*others, env=slow))
 
-            for disturb in (kill_core, kill_machine):
-                moved = server.metric("octavo:streams_moved_total")
-                while server.metric("octavo:streams_moved_total") == moved:  # its streams may have ended before
-                    restarts = server.metric("octavo:engine_restarts_total")
-                    streams = asyncio.run(run_streams(server, disturb))
-                    returned(server, int(restarts) + 1)
-                    for before, after in zip(undisturbed, streams, strict=True):
-                        assert (after.tokens, after.text) == (before.tokens, before.text)
+            while not server.metric("octavo:streams_moved_total"):  # its streams may have ended before it died
+                restarts = server.metric("octavo:engine_restarts_total")
+                streams = asyncio.run(run_streams(server, kill_machine))
+                returned(server, int(restarts) + 1)
+                for before, after in zip(undisturbed, streams, strict=True):
+                    assert (after.tokens, after.text) == (before.tokens, before.text)
             answer = server.post("/v1/completions", {**body(1), "stream": False}, headers={"X-data-parallel-rank": "1"})
             assert answer.json()["choices"][0]["text"] == undisturbed[1].text
-            assert "octavo:engine_restarts" in httpx.get(f"{server.url}/metrics").text
         assert agents[-1].wait() == 0, "the server has said goodbye"
     finally:
         for agent in agents:
             agent.kill()
-
-
-def children_of(agent: Agent, title: str) -> list[psutil.Process]:
-    found = psutil.Process(agent.process.pid).children(recursive=True)
-    return [each for each in found if title in " ".join(each.cmdline())]
