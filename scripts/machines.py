@@ -31,6 +31,7 @@ def namespace() -> Iterator[list[str]]:
         ip("address", "add", f"{HERE}/24", "dev", cable)
         ip("-n", name, "address", "add", f"{THERE}/24", "dev", "eth0")
         ip("-n", name, "link", "set", "eth0", "up")
+        ip("-n", name, "link", "set", "lo", "up")
         ip("link", "set", cable, "up")
         yield ["ip", "netns", "exec", name]
     finally:
