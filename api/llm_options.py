@@ -104,7 +104,7 @@ class LLMOptions(TypedDict, total=False):
     num_gpu_blocks_override: int | None
     dtype: Literal["auto", "float32", "float", "bfloat16", "float16", "half"]
     quantization: str | None
-    quantized_activations: Literal["auto", "float", "int8"]
+    quantized_activations: Literal["auto", "float", "int8", "fp8"]
     imatrix: str
     max_model_len: int | str | None
     hf_overrides: dict[str, object]

@@ -145,11 +145,12 @@ class ModelConfig(Config, frozen=True):
         ),
     ] = None
     quantized_activations: Annotated[
-        Literal["auto", "float", "int8"],
+        Literal["auto", "float", "int8", "fp8"],
         Meta(
             description="Arithmetic of products with quantised weights. float: that of --dtype, exactly as with the "
-            "dequantised weights. int8: activations are rounded to 8 bits in groups of 32. auto: as the files say, "
-            "for 8 bits per token; int8 for GGUF files, float with --dtype float32."
+            "dequantised weights. int8: activations are rounded to 8 bits in groups of 32. fp8: with weights in "
+            "FP8, activations are rounded to FP8 per token, on GPUs that multiply FP8. auto: as the files say, for 8 "
+            "bits per token; int8 for GGUF files, float with --dtype float32."
         ),
     ] = "auto"
     imatrix: Annotated[

@@ -193,18 +193,23 @@ def forward_class(setup: ForwardSetup) -> type[Forward]:
     """The way to launch a model on a device."""
     name = "uploaded"
     if setup.program is not None and setup.channel.graphs is not None:
-        recurs = all(group.is_cached and not group.backend.needs_rows for group in setup.groups)
-        recurs = recurs and not setup.model.num_token_types and not setup.has_adapters
-        name = "static" if recurs else "launched"
+        name = "launched" if any(group.backend.needs_rows for group in setup.groups) else "static"
     chosen: type[Forward] = resolve(REGISTRY, name, "forward")
     return chosen
 
 
 def step_blocks(counts: I32, block_size: int) -> I32:
     """Blocks for the K and V of one step, given to its rows in order: int32 [rows, blocks]."""
-    each = -(-counts // block_size)
-    blocks: I32 = (np.cumsum(each) - each)[:, None] + np.arange(each.max(initial=1))
-    return blocks.astype(np.int32)
+    most = -(-int(counts.max(initial=1)) // block_size)
+    blocks: I32 = (first_blocks(counts, block_size)[:, None] + np.arange(most)).astype(np.int32)
+    return blocks
+
+
+def first_blocks(counts: I32, block_size: int) -> I64:
+    """The first block of each row: int64 [rows]; see ``step_blocks``."""
+    each = -(-counts.astype(np.int64) // block_size)
+    firsts: I64 = each.cumsum() - each
+    return firsts
 
 
 def ranges(firsts: Array, counts: Array) -> I64:

@@ -148,6 +148,16 @@ def adapter_columns(name: str, adapters: I32) -> dict[str, npt.NDArray[Any]]:
     }
 
 
+def put_adapters(name: str, columns: Mapping[str, npt.NDArray[Any]], adapters: I32) -> None:
+    """Fills columns of ``adapter_columns`` that have room for more, and are zero; adapters without rows follow."""
+    made = adapter_columns(name, adapters)
+    for key, values in made.items():
+        columns[key][: len(values)] = values
+    if made:
+        starts = made[f"{name}.starts"]
+        columns[f"{name}.starts"][len(starts) :] = starts[-1]
+
+
 def adapter_rows(name: str, columns: Mapping[str, torch.Tensor]) -> AdapterRows | None:
     """A map of rows from the columns of ``adapter_columns``, now on the device."""
     if f"{name}.rows" not in columns:

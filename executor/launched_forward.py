@@ -1,7 +1,6 @@
 """Forward passes on a GPU whose launches are made for each step.
 
-For what graphs have no inputs for: adapters, libraries' attention, and encoders, which compute whole texts of any
-length at once.
+For attention of libraries: what the host must tell them of a step is no input of a graph.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ from executor.registry import resolve
 from executor.spilled import spill_if_needed
 from executor.streamed import STREAMS, StreamedCheckpoint, TensorizerCheckpoint
 from executor.weights_mapper import WeightsMapper
-from ops import Communicator, NotConnected, SingleRank
+from ops import Communicator, NotConnected, SingleRank, op_set
 
 logger = logging.getLogger(__name__)
 
@@ -222,6 +222,10 @@ def quantization_of(
     Raises:
         ModelError: There is none such, or ranks cannot share a model that uses it.
     """
+    if config.quantized_activations == "fp8" and not op_set(device.type).multiplies_fp8:
+        raise ModelError(
+            "--quantized-activations fp8: needs an NVIDIA GPU of compute capability 8.9 or higher; use auto"
+        )
     options = Options(config.quantized_activations, device.type, config.imatrix, config.calibration)
     chosen = choose_quantization(config.quantization, hf_config.quantization, options)
     flag, size = ("tensor", parallel.tp_size) if parallel.tp_size > 1 else ("pipeline", parallel.pp_size)

@@ -61,8 +61,9 @@ class RequestStates:
         for request in plan.new_reqs:
             self._add(request)
         for table, column in zip(self.block_tables, plan.block_updates, strict=False):
-            updates = i32(column).reshape(-1, 3)
-            table[updates[:, 0], updates[:, 1]] = updates[:, 2]
+            if column:
+                updates = i32(column).reshape(-1, 3)
+                table[updates[:, 0], updates[:, 1]] = updates[:, 2]
 
     def _add(self, request: NewRequest) -> None:
         slot = request.slot

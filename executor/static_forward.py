@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +22,14 @@ from torch import Tensor
 from executor.attention.base import AttentionGroup
 from executor.deferred import Array
 from executor.device.steps import ALIGNMENT, RECENT_TOKENS, as_dtype, places_of
-from executor.forward import U8, ForwardSetup, ranges
-from executor.input_batch import InputBatch
+from executor.forward import U8, ForwardSetup, first_blocks, ranges
+from executor.input_batch import InputBatch, adapter_rows, put_adapters
 from executor.launched_forward import rehearse, take_rehearsed
 from executor.messages import I32, I64, SchedulerOutput, i32
 from executor.request_states import RequestStates
 from executor.sampling.sampler import Sampler, SampleRows
-from ops import AttentionMetadata
+from ops import AdapterTable, AttentionMetadata
+from ops.dispatch import Node
 from ops.triton import prepare
 from ops.triton.launch import Launch, recorded, submit
 from ops.triton.program import TritonProgram
@@ -52,6 +53,8 @@ class Size:
     samples: int
     is_padded: bool = True
     """Whether other steps have it, too: its launches are kept."""
+    has_adapters: bool = False
+    """Whether its rows may have adapters."""
 
     @property
     def updates(self) -> int:
@@ -106,24 +109,32 @@ class _Column:
     padding: int
 
 
-def _columns(size: Size, num_groups: int, max_samples: int) -> dict[str, _Column]:
+def _columns(size: Size, setup: ForwardSetup) -> dict[str, _Column]:
     """The columns of a step, in the order of how often they change while the same requests decode."""
+    max_samples, cached = setup.max_samples, [group.is_cached for group in setup.groups]
     columns = {
         "places": _Column(size.tokens, np.int64, -1),
         "stored": _Column(max_samples, np.int64, -1),
         "positions": _Column(size.tokens, np.int32, 0),
         "seq_lens": _Column(size.rows, np.int32, 0),
     }
-    groups = range(num_groups)
-    columns |= {f"slot_mapping.{group}": _Column(size.tokens, np.int64, -1) for group in groups}
-    columns |= {f"updates.{group}": _Column(size.updates, np.int64, -1) for group in groups}
-    columns |= {f"blocks.{group}": _Column(size.updates, np.int32, 0) for group in groups}
+    columns |= {f"slot_mapping.{group}": _Column(size.tokens, np.int64, -1) for group in range(len(cached))}
+    for group in range(sum(cached)):
+        columns[f"updates.{group}"] = _Column(size.updates, np.int64, -1)
+        columns[f"blocks.{group}"] = _Column(size.updates, np.int32, 0)
+    for group in range(sum(cached), len(cached)):
+        columns[f"first_blocks.{group}"] = _Column(size.rows, np.int32, 0)
     columns |= {
         "input_ids": _Column(size.tokens, np.int32, 0),
         "query_start_loc": _Column(size.rows + 1, np.int32, 0),
         "row_slots": _Column(size.rows, np.int32, 0),
         "logits_rows": _Column(size.samples, np.int64, 0),
     }
+    if setup.model.num_token_types:
+        columns["token_types"] = _Column(size.tokens, np.int32, 0)
+    for name, count in (("row_adapters", size.tokens), ("sample_adapters", size.samples)) if size.has_adapters else ():
+        columns |= {f"{name}.rows": _Column(count, np.int64, 0), f"{name}.adapters": _Column(count, np.int32, 0)}
+        columns |= {f"{name}.starts": _Column(count + 1, np.int32, 0), f"{name}.of_row": _Column(count, np.int32, 0)}
     return columns
 
 
@@ -214,14 +225,30 @@ def _sizes(setup: ForwardSetup) -> GraphSizes:
     return GraphSizes(setup.max_num_seqs, setup.max_tokens, setup.max_samples)
 
 
+def _largest_block(setup: ForwardSetup) -> int:
+    """Bytes of the inputs of the largest step."""
+    return _block_bytes(_columns(replace(_sizes(setup).largest, has_adapters=setup.has_adapters), setup))
+
+
+def _step_widths(setup: ForwardSetup) -> list[int]:
+    """Blocks that a request may need in one step, of each group without a cache."""
+    return [-(-setup.max_tokens // group.block_size) for group in setup.groups if not group.is_cached]
+
+
 def _rehearsed(setup: ForwardSetup, sizes: GraphSizes) -> int:
     """Bytes of what kernels share, and of the work lists of attention, in steps of all sizes."""
     assert setup.program is not None and isinstance(setup.program.runner, TritonProgram)
     num_bytes = 0
     for size in sizes.all:
         lists = rehearse(setup, size.tokens, size.rows, size.samples)
-        num_bytes += lists * (1 + len(SAMPLES) if size.is_padded else 1)
+        num_bytes += lists * (1 + len(SAMPLES) if size.is_padded else 1) * (1 + setup.has_adapters)
     return num_bytes + take_rehearsed()
+
+
+def adapter_tables(nodes: Sequence[Node]) -> list[AdapterTable]:
+    """Those of a program's layers, each once."""
+    found = (arg for node in nodes for arg in (*node.args, *node.kwargs.values()))
+    return list({id(arg): arg for arg in found if isinstance(arg, AdapterTable)}.values())
 
 
 class StaticForward:
@@ -234,23 +261,30 @@ class StaticForward:
         self._runner = setup.program.runner
         self._channel = setup.channel
         self._graphs = graphs = setup.channel.graphs
-        self._groups = groups = setup.groups
+        self._groups = setup.groups
         self._states = states
         self._sizes = sizes = _sizes(setup)
-        self._block = graphs.block(_block_bytes(_columns(sizes.largest, len(groups), sizes.max_samples)))
+        self._setup = setup
+        self._block = graphs.block(_largest_block(setup))
         new = self._block.device.new_zeros
         num_slots = sizes.max_num_seqs
-        self._tables = [new(table.shape, dtype=as_dtype(table)) for table in states.block_tables]
-        self._rows = [new(table.shape, dtype=as_dtype(table)) for table in states.block_tables]
-        self._recent = new(num_slots * RECENT_TOKENS, dtype=as_dtype(np.zeros(0, np.int32)))
-        self._tokens = new(2 * sizes.max_samples, dtype=as_dtype(np.zeros(0, np.int64)))
+        int32, int64 = (as_dtype(np.zeros(0, kind)) for kind in (np.int32, np.int64))
+        self._tables = [new(table.shape, dtype=int32) for table in states.block_tables]
+        self._rows = [new(table.shape, dtype=int32) for table in states.block_tables]
+        self._rows += [new((num_slots, width), dtype=int32) for width in _step_widths(setup)]
+        self._recent = new(num_slots * RECENT_TOKENS, dtype=int32)
+        self._tokens = new(2 * sizes.max_samples, dtype=int64)
         """The tokens sampled last, at the start."""
-        self._ids = new(sizes.largest.tokens, dtype=as_dtype(np.zeros(0, np.int32)))
+        self._ids = new(sizes.largest.tokens, dtype=int32)
         self._copies_tokens = True
         """Whether the sampler writes them elsewhere."""
         self._stored: I64 = np.zeros(0, np.int64)
         """Where they go in ``_recent``."""
-        self._updates = [_Updates() for _ in groups]
+        self._updates = [_Updates() for _ in states.block_tables]
+        self._num_types = setup.model.num_token_types
+        self._adapter_tables = adapter_tables(setup.program.nodes)
+        self._highest_ranks = 0
+        """Of the adapters that there were when launches for them were recorded, of all layers together."""
         self._rows_of_last: tuple[I32, I32, U8] | None = None
         """Slots, counts and samples of the last step, if each row had one token and each slot's request is the same."""
         self._decoding: _Decoding | None = None
@@ -266,7 +300,7 @@ class StaticForward:
     def memory(cls, setup: ForwardSetup) -> tuple[int, int]:
         assert setup.channel.graphs is not None
         sizes = _sizes(setup)
-        fixed = _block_bytes(_columns(sizes.largest, len(setup.groups), sizes.max_samples))
+        fixed = _largest_block(setup) + sum(4 * sizes.max_num_seqs * width for width in _step_widths(setup))
         fixed += 4 * (sizes.largest.tokens + RECENT_TOKENS * sizes.max_num_seqs) + 16 * sizes.max_samples
         tables = sum(-(-2 * 4 * sizes.max_num_seqs // size) for size in setup.block_sizes)
         return fixed + _rehearsed(setup, sizes) + setup.channel.graphs.reserve_bytes, tables
@@ -276,10 +310,11 @@ class StaticForward:
     def apply(self, plan: SchedulerOutput) -> None:
         if plan.new_reqs:
             self._rows_of_last = self._decoding = None
+        elif not any(plan.block_updates):
+            return
         for index, (updates, table) in enumerate(zip(self._updates, self._states.block_tables, strict=True)):
             width = table.shape[1]
             for request in plan.new_reqs:
-                assert not request.lora_id, "graphs have no inputs for adapters"
                 blocks = i32(request.block_ids[index])
                 first = request.slot * width + (request.block_offsets[index] if request.block_offsets else 0)
                 updates.add(np.arange(first, first + len(blocks)), blocks)
@@ -298,7 +333,12 @@ class StaticForward:
         decodes = num_rows and counts.max() == num_sampled.min() == num_sampled.max() == 1
         self._rows_of_last = given if decodes else None
         num_samples = int(num_sampled.sum())
-        frame = self._frame = self._frame_of(self._sizes.size(num_tokens, num_rows, num_samples))
+        adapters = states.adapters[slots]
+        has_adapters = bool(self._adapter_tables) and bool(adapters.any())
+        if has_adapters:
+            self._follow_ranks()
+        size = self._sizes.size(num_tokens, num_rows, num_samples)
+        frame = self._frame = self._frame_of(replace(size, has_adapters=True) if has_adapters else size)
         if (num_tokens, num_samples) != (frame.num_tokens, frame.num_samples):
             frame.num_tokens, frame.num_samples, frame.shown = num_tokens, num_samples, ()
         frame.host[:] = frame.padding
@@ -318,10 +358,20 @@ class StaticForward:
         columns["row_slots"][:num_rows] = slots
         columns["logits_rows"][:num_samples] = ranges(ends - num_sampled, num_sampled)
         columns["stored"][: len(self._stored)] = self._stored
-        for index, (table, group) in enumerate(zip(states.block_tables, self._groups, strict=True)):
-            blocks = table[token_slots, positions // group.block_size].astype(np.int64)
+        if has_adapters:
+            put_adapters("row_adapters", columns, adapters.repeat(counts))
+            put_adapters("sample_adapters", columns, adapters.repeat(num_sampled))
+        if self._num_types > 1:
+            columns["token_types"][:num_tokens] = positions >= states.second_segments[token_slots]
+        for index, group in enumerate(self._groups):
+            if group.is_cached:
+                blocks = states.block_tables[index][token_slots, positions // group.block_size].astype(np.int64)
+                self._put_updates(index, frame)
+            else:
+                firsts = first_blocks(counts, group.block_size)
+                columns[f"first_blocks.{index}"][:num_rows] = firsts
+                blocks = firsts.repeat(counts) + positions // group.block_size
             columns[f"slot_mapping.{index}"][:num_tokens] = blocks * group.block_size + positions % group.block_size
-            self._put_updates(index, frame)
         self._block.write(frame.host)
         assert frame.batch is not None
         return frame.batch
@@ -400,6 +450,13 @@ class StaticForward:
 
     # -- sizes ---------------------------------------------------------------------------------------------
 
+    def _follow_ranks(self) -> None:
+        """Forgets launches that adapters of higher ranks have outgrown."""
+        ranks = sum(table.max_rank for table in self._adapter_tables)
+        if ranks != self._highest_ranks:
+            self._highest_ranks = ranks
+            self._frames = {size: frame for size, frame in self._frames.items() if not size.has_adapters}
+
     def _frame_of(self, size: Size) -> _Frame:
         frame = self._frames.get(size)
         if frame is None:
@@ -410,12 +467,12 @@ class StaticForward:
 
     def _new_frame(self, size: Size) -> _Frame:
         """Lays out the inputs of a size, and records its launches."""
-        layout = _columns(size, len(self._groups), self._sizes.max_samples)
+        layout = _columns(size, self._setup)
         host = np.zeros(_block_bytes(layout), np.uint8)
         often, columns, views = host, {}, {}
         begin = 0
         for name, column in layout.items():
-            if name == "updates.0":
+            if name == "updates.0":  # encoders have none, and decode nothing
                 often = host[:begin]
             end = begin + column.length * np.dtype(column.dtype).itemsize
             columns[name] = host[begin:end].view(column.dtype)
@@ -437,15 +494,28 @@ class StaticForward:
         ids = self._ids[: size.tokens]
         prepare.complete(views["input_ids"], views["places"], self._recent, ids)
         attention = []
-        for index, (table, group) in enumerate(zip(self._tables, self._groups, strict=True)):
-            prepare.scatter(table, views[f"updates.{index}"], views[f"blocks.{index}"])
+        for index, group in enumerate(self._groups):
             rows = self._rows[index][: size.rows]
-            prepare.block_rows(table, views["row_slots"], views["seq_lens"], group.block_size, rows)
+            if group.is_cached:
+                table = self._tables[index]
+                prepare.scatter(table, views[f"updates.{index}"], views[f"blocks.{index}"])
+                prepare.block_rows(table, views["row_slots"], views["seq_lens"], group.block_size, rows)
+            else:
+                firsts = views[f"first_blocks.{index}"]
+                prepare.block_rows(None, firsts, views["seq_lens"], group.block_size, rows)
             columns = AttentionMetadata(
                 views["query_start_loc"], views["seq_lens"], rows, views[f"slot_mapping.{index}"], group.block_size
             )
             attention.append(group.plan(columns))
-        return InputBatch(ids, views["positions"], attention, views["logits_rows"])
+        return InputBatch(
+            ids,
+            views["positions"],
+            attention,
+            views["logits_rows"],
+            adapter_rows("row_adapters", views),
+            adapter_rows("sample_adapters", views),
+            views.get("token_types"),
+        )
 
     def _warm_up(self, size: Size) -> None:
         """Runs a step without tokens, which compiles kernels, and captures its graph."""

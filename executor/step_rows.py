@@ -5,7 +5,7 @@ Decode steps of the same requests have the same rows: what is made of them is ke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,8 @@ class StepRows:
     """int64 [rows]: tokens that the requests had before the step."""
     epochs: I64
     """int64 [samples]: of their slots."""
+    _after: tuple[I64, I64] = field(init=False)
+    """``computed`` and ``num_tokens_before`` of the next step."""
 
     def samples(self) -> SampleRows:
         """The rows of the step's logits."""
@@ -51,14 +53,14 @@ class StepRows:
         return SampleRows(self.sampled_slots, first, self.sampled_rows)
 
     def follow(self) -> None:
-        """Becomes those of the next step."""
-        # New arrays: results of earlier steps are still on their way.
-        self.computed = self.computed + self.counts
-        self.num_tokens_before = self.num_tokens_before + self.num_sampled
+        """Becomes those of the next step, once this one has begun."""
+        self.computed, self.num_tokens_before = self._after
 
     def advance(self, states: RequestStates) -> None:
         """Advances the counts of the requests, once the step has begun."""
-        states.set_counts(self.places, self.computed + self.counts, self.num_tokens_before + self.num_sampled)
+        # New arrays: results of earlier steps are still on their way.
+        self._after = self.computed + self.counts, self.num_tokens_before + self.num_sampled
+        states.set_counts(self.places, *self._after)
 
 
 def _ranges(firsts: I64, counts: U8) -> I64:

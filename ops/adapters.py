@@ -61,10 +61,13 @@ class AdapterTable:
         """None: there is none, or it leaves the layer alone."""
         self.addresses = torch.zeros(max_adapters + 1, dtype=torch.int64, device=device)
         """Where the kernels find each; 0: as None. The tensor itself never moves."""
+        self.max_rank = 0
+        """The highest rank of an adapter so far."""
 
     def put(self, number: int, adapter: Adapter | PackedAdapter | None) -> None:
         """Replaces an adapter, between steps."""
         self.adapters[number] = adapter
+        self.max_rank = max(self.max_rank, 0 if adapter is None else adapter.rank)
         self.addresses[number] = 0 if adapter is None else adapter.address
 
 
@@ -86,6 +89,8 @@ class PackedAdapter:
     """The memory that it occupies, but for a weight of its own."""
     keep: object
     """What must live as long as it."""
+    rank: int
+    """As the kernels read it: maybe padded."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -178,6 +178,8 @@ class OpSet:
     """The types of GGUF blocks that it can multiply; None: all that the references can."""
     rounds_activations: bool = True
     """Whether quantised weights can be multiplied with activations in 8 bits."""
+    multiplies_fp8: bool = True
+    """Whether weights in FP8 can be multiplied with activations in FP8."""
 
     def __init__(
         self, name: str = "reference", implementations: Mapping[str, Callable[..., Any]] | None = None

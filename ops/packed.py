@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ops.collective import Communicator
 
-QuantizedActivations = Literal["float", "int8", "int8_per_token"]
-"""What quantised weights are multiplied with: activations as they are, or rounded to int8, 32 columns or a whole row at
-a time."""
+QuantizedActivations = Literal["float", "int8", "int8_per_token", "fp8_per_token"]
+"""What quantised weights are multiplied with: activations as they are, rounded to int8, 32 columns or a whole row at a
+time, or a whole row to FP8 (E4M3)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,8 @@ from executor.attention.base import LATENT, AttentionStep, OpsAttention, unsuppo
 from ops import AttentionMetadata, AttentionShape, stored_size
 from ops.dispatch import is_used
 from ops.triton import latent
-from ops.triton.attention import planned, unsupported, unsupported_cache
+from ops.triton.attention import planned
+from ops.triton.attention_tiles import unsupported, unsupported_cache
 
 
 class TritonAttention(OpsAttention):

@@ -6,6 +6,7 @@ the events of results, and wakes the worker through a descriptor.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import operator
 import os
@@ -479,6 +480,11 @@ def _bytes_of(tensor: Tensor, begin: int, end: int) -> Tensor:
 
 
 def _wait_for_results(launched: queue.SimpleQueue[CudaResults], event_fd: int) -> None:
+    # Unlike os.eventfd_write, this call keeps the interpreter's lock: the worker, which it wakes, gets the lock once
+    # this thread waits for the device again. Otherwise this thread would ask for the lock while the next step is
+    # launched, and hold it up at each copy.
+    write = ctypes.PyDLL(None).eventfd_write
+    write.argtypes = (ctypes.c_int, ctypes.c_uint64)
     while True:
         launched.get().wait()
-        os.eventfd_write(event_fd, 1)
+        write(event_fd, 1)

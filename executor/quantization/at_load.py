@@ -276,7 +276,8 @@ class QuantizingWeights(PackedWeights):
         self.weight: Any = weight
         self.dtype = dtype
         chosen = chosen_activations(options, dtype, weight.device)
-        self.activations: ops.QuantizedActivations = "float" if weight.scheme.is_float else chosen
+        of_floats: ops.QuantizedActivations = "fp8_per_token" if options.activations == "fp8" else "float"
+        self.activations = of_floats if weight.scheme.is_float else chosen
         self.paired = paired and len(weight) % 2 == 0
         self.probe: Probe | None = None
         """Takes the place of the weight while the model is measured."""

@@ -95,7 +95,7 @@ class EmbeddingMethod(Protocol[W]):
 class Options:
     """How quantised weights are used, as the command line says."""
 
-    activations: Literal["auto", "float", "int8"] = "auto"
+    activations: Literal["auto", "float", "int8", "fp8"] = "auto"
     """``--quantized-activations``."""
     device_type: str = "cpu"
     """As torch names it."""

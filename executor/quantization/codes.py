@@ -15,6 +15,8 @@ ROWS = 256
 """Rows dequantised at a time."""
 BLOCK = 32
 """Groups of so many columns, or a multiple, have kernels."""
+FP8_COLUMNS = 128
+"""Likewise of weights in FP8 that are multiplied with activations in FP8."""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -104,6 +106,12 @@ class Floats:
     def has_integers(self) -> bool:
         """Whether the values are multiples of one half, so that activations may be rounded to 8 bits."""
         return self.format in ("mxfp4", "nvfp4")
+
+    @property
+    def has_fp8_products(self) -> bool:
+        """Whether activations may be rounded to FP8."""
+        is_row = self.group_size >= self.codes.shape[1]
+        return self.format == "fp8_e4m3" and (is_row or self.group_size % FP8_COLUMNS == 0)
 
     @property
     def has_kernel(self) -> bool:

@@ -79,7 +79,7 @@ class GroupWeights(PackedWeights):
         self.dtype = shape.dtype
         self.paired = shape.paired
         self.dequantizes = options.dequantize
-        self.follows_checkpoint = options.activations == "auto"
+        self.follows_checkpoint, self.rounds_to_fp8 = options.activations == "auto", options.activations == "fp8"
         self.activations: ops.QuantizedActivations = chosen_activations(options, shape.dtype, shape.device)
 
     def pack(self) -> None:
@@ -100,6 +100,8 @@ class GroupWeights(PackedWeights):
         activations = self.activations
         if self.follows_checkpoint and all(isinstance(each, Groups) and each.is_per_token for each in codes):
             activations = "int8_per_token"
+        elif self.rounds_to_fp8 and all(isinstance(each, Floats) and each.has_fp8_products for each in codes):
+            activations = "fp8_per_token"
         elif not all(isinstance(each, Groups) or each.has_integers for each in codes):
             activations = "float"
         runs = [list(run) for _, run in groupby(codes, key=lambda each: each.kind)]

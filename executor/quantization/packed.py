@@ -122,6 +122,8 @@ def chosen_activations(
         device: Where the products are computed.
         prefers_int8: Whether 8 bits are what users of the format expect.
     """
+    if options.activations == "fp8":  # of other formats
+        return "float"
     if options.activations != "auto":
         return options.activations
     if dtype == torch.float32 or not ops.op_set(device.type).rounds_activations:

@@ -49,7 +49,7 @@ def pack_adapter(adapter: Adapter, weight: Weight) -> Adapter | PackedAdapter:
         len(halves),
     )
     tensors = tuple(each for each in (a, b, factors, magnitude, bias) if each is not None)
-    return PackedAdapter(ctypes.addressof(struct), tensors, (struct, halves, own, keep))
+    return PackedAdapter(ctypes.addressof(struct), tensors, (struct, halves, own, keep), adapter.rank)
 
 
 def result_columns(weight: PackedWeight | QuantizedWeight) -> Tensor:

@@ -45,6 +45,8 @@ _OPS: tuple[Op[Any, Any], ...] = (
 class CpuOps(OpSet):
     """The ops, run by the kernels of one library."""
 
+    multiplies_fp8 = False
+
     def __init__(self, library: Library) -> None:
         implementations: dict[str, Any] = {op.name: kernels.implementation(op, library) for op in _OPS}
         implementations[ops.pack_adapter.name] = adapters.pack_adapter

@@ -15,6 +15,10 @@ bits.
 
 ``int8_per_token``: activations are rounded alike, but with one scale for a whole row. The weights are in int8 with one
 scale for each row as well: the result is ``isum * (scale * d)``, where ``isum`` is the sum over all columns as float32.
+
+``fp8_per_token``: activations are rounded to FP8 (E4M3) with one scale for a whole row, ``d = max|x| / 448``. The
+weights are in FP8 as well, and their scales belong to rows or to multiples of 128 columns. How sums are rounded is the
+kernel's.
 """
 
 from __future__ import annotations
@@ -38,6 +42,9 @@ from ops.reference.small_floats import (
 
 BLOCK = 32
 """Activations are quantised in blocks of so many columns."""
+FP8 = "fp8_per_token"
+FP8_COLUMNS = 128
+"""Groups of weights in FP8 that are multiplied with activations in FP8 have a multiple of so many columns."""
 SMALLEST = 2.0**-100
 """Blocks of activations below this count as zeros, since the reciprocal of their scale would not be finite."""
 CODE_BITS = {4: "int4", 8: "int8"}
@@ -87,8 +94,8 @@ def pack_blocks(
         ValueError: A type is unknown, a row is no whole number of blocks, rows differ in length, or activations would
             be rounded per token.
     """
-    if activations == "int8_per_token":
-        raise ValueError("blocks are multiplied with activations in float or int8, not int8_per_token")
+    if activations not in ("float", "int8"):
+        raise ValueError(f"blocks are multiplied with activations in float or int8, not {activations}")
     widths = set()
     for rows, name in segments:
         if name not in BLOCK_FORMATS:
@@ -187,7 +194,8 @@ def pack_floats(
         group_size: Columns of a group: a multiple of 32, or None for whole rows. 32 for mxfp4 and 16 for nvfp4.
         divides: ``row_scales`` divide the scales instead of multiplying them.
         dtype: Of the activations.
-        activations: What the weight is multiplied with: ``float``; of mxfp4 and nvfp4 also ``int8``.
+        activations: What the weight is multiplied with: ``float``; of mxfp4 and nvfp4 also ``int8``, and of fp8_e4m3
+            ``fp8_per_token``.
         paired: As of ``pack_blocks``.
 
     Raises:
@@ -208,7 +216,8 @@ def pack_floats(
         )
     if (format == "nvfp4") != (row_scales is not None):
         raise ValueError(f"scales of rows belong to nvfp4 alone, and to each weight in it; this one is {format}")
-    if activations != "float" and not (kind.is_integer and activations == "int8"):
+    has_fp8 = format == "fp8_e4m3" and (size == columns or size % FP8_COLUMNS == 0)
+    if activations != "float" and not (kind.is_integer if activations == "int8" else has_fp8 and activations == FP8):
         raise ValueError(f"{format} is not multiplied with activations in {activations}")
     if kind.scale_dtype is not None:
         scales = scales.view(kind.scale_dtype)
@@ -332,7 +341,11 @@ def logits(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Te
     if weight.activations == "float":
         return F.linear(x, dequantized(weight).to(x.dtype), bias).float()
     columns = weight.shape[1]
-    if weight.activations == "int8_per_token":
+    if weight.activations == FP8:
+        rounded = _rounded_to_fp8(x)
+        parts = [rounded @ numbers(_decoded(segment, columns)).double().T for segment in weight.segments]
+        parts = [part.float() for part in parts]
+    elif weight.activations == "int8_per_token":
         codes, scales = quantize(x, columns)
         parts = [_product_per_token(codes, scales, _decoded(segment, columns)) for segment in weight.segments]
     else:
@@ -368,6 +381,16 @@ def quantize(x: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     codes = torch.where((is_finite & ~is_zero)[..., None], (blocks * inverse[..., None]).round(), 0.0)
     scales = torch.where(is_zero, 0.0, largest / torch.full_like(largest, 127.0))
     return codes.to(torch.int32), torch.where(is_finite, scales, torch.nan)
+
+
+def _rounded_to_fp8(x: Tensor) -> Tensor:
+    """Activations rounded to FP8 with a scale for each row, as float64; NaN if a number of the row is not finite."""
+    largest = x.float().abs().amax(dim=-1, keepdim=True)
+    most = torch.full_like(largest, torch.finfo(torch.float8_e4m3fn).max)
+    is_zero = largest < SMALLEST
+    codes = torch.where(is_zero, 0.0, x.float() * (most / largest)).clamp(-most, most).to(torch.float8_e4m3fn)
+    scales = torch.where(largest < torch.inf, torch.where(is_zero, 0.0, largest / most), torch.nan)
+    return codes.double() * scales.double()
 
 
 def _product(codes: Tensor, scales: Tensor, weight: Codes) -> Tensor:

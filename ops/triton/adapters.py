@@ -118,7 +118,7 @@ def pack_adapter(adapter: Adapter, weight: Weight) -> PackedAdapter:
     tensors = {name: each.to(device).contiguous() for name, each in found.items() if each is not None}
     places = [tensors[name].data_ptr() if name in tensors else 0 for name in _FIELDS]
     fields = torch.tensor([*places, adapter.rank + padding], dtype=torch.int64).to(device)
-    return PackedAdapter(fields.data_ptr(), (*tensors.values(), fields), None)
+    return PackedAdapter(fields.data_ptr(), (*tensors.values(), fields), None, adapter.rank + padding)
 
 
 def _device_of(weight: Weight) -> torch.device:
@@ -132,8 +132,7 @@ def _adapted(
     count, width = out.shape
     sums = scratch.get("adapters.sums", count * width, torch.float32, x.device)[: count * width].view(count, width)
     linear.matmul(x, weight, dtype=torch.float32, out=sums)
-    ranks = [len(each.tensors[0]) for each in table.adapters if isinstance(each, PackedAdapter)]
-    rank = max([_RANKS, *ranks])
+    rank = max(_RANKS, table.max_rank)
     projected = scratch.get("adapters.projected", count * rank, torch.float32, x.device)
     shared = {"addresses_ptr": scratch.keep(table.addresses), "of_row_ptr": rows.of_row, "x_ptr": x}
     args: dict[str, Any] = shared | {"out_ptr": projected, "K": x.shape[1]}

@@ -24,22 +24,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops.metadata import KV_CODES, AttentionMetadata, AttentionShape, KVLayout, stored_size
-from ops.triton import library
+from ops.metadata import AttentionMetadata, AttentionShape, KVLayout, stored_size
+from ops.triton import attention_tiles, library
+from ops.triton.attention_tiles import (
+    FLOAT32_SHARED,
+    SPLIT_ROWS,
+    group_of,
+    split_parts,
+    split_queries,
+    split_tile,
+    step_of,
+    whole_tile,
+    window_of,
+)
 from ops.triton.catalog import Case, meta
 from ops.triton.configs import TARGETS, Config, power_of_two
 from ops.triton.kv_cache import scales_of, write_kv
-from ops.triton.launch import launch, result, row_stride, scratch, target
+from ops.triton.launch import launch, result, row_stride, scratch
 
-PART = 512
-"""Tokens of a part."""
-SPLIT_ROWS = 16
-"""Height of the tiles of items that are split into parts: queries times heads that share a KV head."""
-SPLIT_PARTS = 4096
-"""Parts of one query that partial results are kept for; requests beyond are not split."""
 PROGRAMS = 1024
 """Programs at most; each takes every so many items."""
-MAX_HEAD_DIM = 256
 ITEM = 4
 """Numbers of an item: row, tile of the row, part (-1: all), place of its partial results."""
 
@@ -89,53 +93,6 @@ def planned(meta: AttentionMetadata, shape: AttentionShape, dtype: torch.dtype) 
     )
 
 
-def unsupported(shape: AttentionShape, dtype: torch.dtype) -> str | None:
-    """The reason why the kernels cannot compute such a layer, or None if they can."""
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"activations in {str(dtype).removeprefix('torch.')} are not supported"
-    largest = max(shape.head_dim, shape.v_dim)
-    if largest > MAX_HEAD_DIM:
-        return f"heads of {largest} numbers are not supported; at most {MAX_HEAD_DIM}"
-    if dtype == torch.float32 and largest > 128 and target().backend == "hip":
-        return f"heads of {largest} numbers in float32 are not supported on AMD; use bfloat16"
-    if shape.is_chunked:
-        return "attention in chunks is not supported"
-    return None
-
-
-def unsupported_cache(kv_dtype: torch.dtype, dtype: torch.dtype, shape: AttentionShape) -> str | None:
-    """The reason why the kernels have no cache of a type for activations in ``dtype``, or None if they have."""
-    if kv_dtype not in KV_CODES:
-        return None if kv_dtype == dtype else "GPUs keep K and V in the type of the activations, or in 8 bits"
-    if dtype == torch.float32:
-        return "GPUs do not run a KV cache in 8 bits with --dtype float32; use bfloat16"
-    if kv_dtype == torch.int8:
-        is_wide = max(shape.head_dim, shape.v_dim) > 128 and target().backend == "hip"
-        return (
-            "AMD GPUs do not run a KV cache in int8 with heads of more than 128 numbers; use auto" if is_wide else None
-        )
-    if target().backend == "hip":
-        return "AMD GPUs do not run a KV cache in fp8 yet; use int8"
-    if kv_dtype == torch.float8_e4m3fn and target().capability < 89:
-        return "fp8_e4m3 needs a GPU of compute capability 8.9; use fp8_e5m2"
-    return None
-
-
-def _is_wide(shape: AttentionShape) -> bool:
-    """Whether its heads are latents (``latent.py``)."""
-    return max(shape.head_dim, shape.v_dim) > MAX_HEAD_DIM
-
-
-def _split_parts(shape: AttentionShape) -> int:
-    """See ``SPLIT_PARTS``. A part of latents has more programs, and results that take more memory."""
-    return max(1, SPLIT_PARTS // 8) if _is_wide(shape) else SPLIT_PARTS
-
-
-def split_queries(shape: AttentionShape) -> int:
-    """Queries of a row up to which it is split into parts."""
-    return max(1, 2 * SPLIT_ROWS // _group(shape))
-
-
 def new_work_list(
     shape: AttentionShape,
     dtype: torch.dtype,
@@ -157,10 +114,12 @@ def new_work_list(
         like: A tensor of the device.
         has_prefill: Whether a row may have more than ``split_queries``.
     """
-    group = _group(shape)
+    group = group_of(shape)
     tokens = min(num_tokens, num_rows * split_queries(shape)) if has_prefill else num_tokens
     tiles = triton.cdiv(tokens * group, SPLIT_ROWS) + num_rows
-    split = tiles + min(tiles * triton.cdiv(context, PART), _split_parts(shape) * (2 + group // SPLIT_ROWS))
+    split = tiles + min(
+        tiles * triton.cdiv(context, attention_tiles.PART), split_parts(shape) * (2 + group // SPLIT_ROWS)
+    )
     whole = triton.cdiv(num_tokens * group, whole_tile(shape, dtype)[0]) + num_rows
     sizes = (split, whole if has_prefill else 0)
     items = [like.new_empty((size, ITEM), dtype=torch.int32) for size in sizes]
@@ -196,13 +155,13 @@ def plan_attention(
         (num_rows,),
         args,
         Config(4, 1),
-        GROUP=_group(shape),
+        GROUP=group_of(shape),
         SPLIT_QUERIES=split_queries(shape) if out.whole is not None else 1 << 30,
         SPLIT_ROWS=SPLIT_ROWS,
         WHOLE_ROWS=whole_tile(shape, dtype)[0],
-        MAX_SLOTS=_split_parts(shape) * _group(shape),
-        PART=PART,
-        WINDOW=_window(shape),
+        MAX_SLOTS=split_parts(shape) * group_of(shape),
+        PART=attention_tiles.PART,
+        WINDOW=window_of(shape),
         CAUSAL=shape.causal,
         ROWS_TILE=power_of_two(num_rows, 16),
     )
@@ -214,6 +173,8 @@ def _first_visible(length, num_queries, first_query, WINDOW: tl.constexpr):
     """The first token that queries from ``first_query`` on attend to."""
     if WINDOW == 0:
         return length * 0
+    if WINDOW < 0:
+        return (length - num_queries + first_query) // -WINDOW * -WINDOW
     return tl.maximum(length - num_queries + first_query - WINDOW + 1, 0)
 
 
@@ -323,6 +284,8 @@ def _step_of_part(
         is_visible = distance >= 0
         if WINDOW > 0:
             is_visible = is_visible & (distance < WINDOW)
+        elif WINDOW < 0:
+            is_visible = is_visible & (token[None, :] >= (position // -WINDOW * -WINDOW)[:, None])
     else:
         is_visible = (token < end)[None, :]
         if WINDOW > 0:  # in one comparison: masks take registers
@@ -624,18 +587,18 @@ def _launch(
         attention_kernel,
         (min(len(items) * shape.num_kv_heads, PROGRAMS),),
         args,
-        Config(warps, stages, (("ROWS", rows), ("STEP", _step(shape, keys.dtype)))),
+        Config(warps, stages, (("ROWS", rows), ("STEP", step_of(shape, keys.dtype)))),
         KV_HEADS=shape.num_kv_heads,
-        GROUP=_group(shape),
+        GROUP=group_of(shape),
         K_DIM=shape.head_dim,
         V_DIM=shape.v_dim,
         K_TILE=power_of_two(shape.head_dim, 16),
         V_TILE=power_of_two(shape.v_dim, 16),
         BLOCK_SIZE=meta.block_size,
-        WINDOW=_window(shape),
+        WINDOW=window_of(shape),
         CAUSAL=shape.causal,
         HAS_CAP=bool(shape.logit_softcap),
-        PART=PART,
+        PART=attention_tiles.PART,
         IS_SPLIT=is_split,
     )
 
@@ -646,8 +609,8 @@ def _partial_results(
     """Memory for the results of parts, and counters of those that are done."""
     if not is_split:
         return {"partial_ptr": None, "state_ptr": None, "arrivals_ptr": None}
-    parts = triton.cdiv(meta.block_table.shape[1] * meta.block_size, PART)
-    slots = _group(shape) * min(q.shape[0] * parts, _split_parts(shape))
+    parts = triton.cdiv(meta.block_table.shape[1] * meta.block_size, attention_tiles.PART)
+    slots = group_of(shape) * min(q.shape[0] * parts, split_parts(shape))
     size = slots * shape.num_kv_heads
     return {
         "partial_ptr": scratch.get("attention.partial", size * shape.v_dim, torch.float32, q.device),
@@ -662,53 +625,6 @@ def _factors(shape: AttentionShape) -> dict[str, float]:
     if not shape.logit_softcap:
         return {"scale": scale * LOG2_E, "cap": 0.0}
     return {"scale": scale / shape.logit_softcap * 2 * LOG2_E, "cap": shape.logit_softcap * LOG2_E}
-
-
-def _group(shape: AttentionShape) -> int:
-    """Heads that share a KV head."""
-    return shape.num_heads // shape.num_kv_heads
-
-
-def _window(shape: AttentionShape) -> int:
-    """Tokens that a token attends to, on each side if not causal; 0: all."""
-    return shape.sliding_window or 0
-
-
-def _step(shape: AttentionShape, dtype: torch.dtype) -> int:
-    """Tokens of a step of the online softmax. It decides bits, so it is the same for all tiles."""
-    if dtype == torch.int8 and target().backend == "hip":
-        return 32  # codes become numbers in registers
-    return 64 if max(shape.head_dim, shape.v_dim) * max(dtype.itemsize, 2) <= 256 else 32
-
-
-def whole_tile(shape: AttentionShape, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Height of the tiles of long rows, warps and stages. None of them decides bits."""
-    largest = max(shape.head_dim, shape.v_dim)
-    if _is_wide(shape):
-        return 16, 8, 1
-    if dtype == torch.float32:
-        return (16, 4, 2) if largest <= 64 else (32, 8, 2) if largest <= 128 else (16, 8, 1)
-    if target().capability == 90 and largest <= 128:
-        return 128, 8, 2
-    if target().capability == 90 and dtype in KV_CODES:
-        return 32, 8, 2
-    if target().capability == 100 and (largest > 128 or shape.has_biases):
-        return 64, 8, 1
-    return (64, 8, 2) if largest <= 128 or target().capability == 90 or target().backend == "hip" else (32, 8, 2)
-
-
-def split_tile(shape: AttentionShape, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Likewise of the tiles of parts."""
-    if _is_wide(shape):
-        return SPLIT_ROWS, 8, 1
-    if target().capability == 100 and dtype == torch.float32:
-        return SPLIT_ROWS, 8, 1
-    if dtype == torch.int8 or (target().backend == "hip" and shape.sliding_window and not shape.causal):
-        return SPLIT_ROWS, 8, 2
-    widest = {0: 64, 100: 0}.get(target().capability, 128)
-    if target().capability == 90 and dtype == torch.float32:
-        widest = 64
-    return SPLIT_ROWS, 4 if max(shape.head_dim, shape.v_dim) <= widest else 8, 2
 
 
 @lru_cache
@@ -729,6 +645,8 @@ def cases() -> Iterator[Case]:
         "128 window": AttentionShape(32, 8, 128, 0.09, sliding_window=4096),
         "64 window sinks": AttentionShape(64, 8, 64, 0.125, sliding_window=128, has_sinks=True),
         "256 cap": AttentionShape(8, 4, 256, 0.0625, logit_softcap=50.0),
+        "128 chunks": AttentionShape(40, 8, 128, 0.09, sliding_window=8192, is_chunked=True),
+        "512": AttentionShape(8, 1, 512, 1.0),
         "128 alibi": AttentionShape(32, 32, 128, 0.09, alibi_slopes=(0.5,) * 32),
         "192/128": AttentionShape(16, 16, 192, 0.07, v_head_dim=128),
         "64 both ways": AttentionShape(12, 12, 64, 0.125, causal=False),
@@ -748,6 +666,10 @@ def cases() -> Iterator[Case]:
     yield _case("64", kinds["64"], torch.float32)
     yield _case("128", kinds["128"], torch.float32)
     yield replace(_case("256 cap", kinds["256 cap"], torch.float32), targets=nvidia)
+    roomy = frozenset(name for name in nvidia if TARGETS[name].max_shared >= FLOAT32_SHARED)
+    yield replace(_case("512", kinds["512"], torch.float32), targets=roomy)
+    yield replace(_case("512", kinds["512"], torch.bfloat16, torch.int8), targets=nvidia)
+    yield replace(_case("512", kinds["512"], torch.bfloat16, torch.float8_e4m3fn), targets=fp8)
 
 
 def _case(name: str, shape: AttentionShape, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> Case:

@@ -21,6 +21,7 @@ MODULES = (
     "adapters",
     "attention",
     "experts",
+    "fp8",
     "gather",
     "gemm",
     "kv_cache",

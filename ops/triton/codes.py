@@ -97,6 +97,11 @@ class Layout:
         return self.format in _SUPER
 
     @property
+    def has_table(self) -> bool:
+        """Whether a table has the values of codes."""
+        return self.format in _TABLES
+
+    @property
     def shift(self) -> str:
         """``offset``, ``zeros`` or ``minimums``."""
         if self.format in _MINIMUMS or self.encoding.shift == "minimums":
@@ -131,7 +136,7 @@ class Layout:
             wanted["super"] = (rows * padded // COLUMNS, torch.float16)
             if self.shift == "minimums":
                 wanted["super_shift"] = (rows * padded // COLUMNS, torch.float16)
-        if self.format in _TABLES:
+        if self.has_table:
             wanted["table"] = (1 << self.bits, torch.float32)
         places, start = {}, 0
         for name, (size, dtype) in wanted.items():
@@ -163,7 +168,7 @@ class Layout:
             "SHIFT": self.shift,
             "OFFSET": self.offset,
             "HAS_SUPER": self.has_super,
-            "HAS_TABLE": self.format in _TABLES,
+            "HAS_TABLE": self.has_table,
         }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ops.adapters import ExpertAdapters
 from ops.metadata import AdapterRows
-from ops.packed import Encoding, ExpertWeights, QuantizedWeight
-from ops.triton import configs, gemm, quantized
+from ops.packed import Encoding, ExpertWeights, QuantizedWeight, SwiGLUOAI
+from ops.triton import configs, gemm, pointwise, quantized
 from ops.triton.catalog import Case, meta
 from ops.triton.codes import Layout
 from ops.triton.configs import Config, power_of_two
@@ -168,21 +168,55 @@ def quantized_expert_gemm_kernel(
 
 
 @triton.jit
-def expert_sums_kernel(
-    results_ptr, routed_ptr, places_ptr, counts_ptr, shared_ptr, gate_ptr, out_ptr, width, routed_stride, shared_stride,
-    gate_stride, out_stride,
+def _choices(routed_ptr, places_ptr, counts_ptr, token, routed_stride, EXPERTS: tl.constexpr, TILE: tl.constexpr):
+    """All experts, the weight of each for a token, whether it is chosen, and the row of its result."""
+    expert = tl.arange(0, TILE)
+    known = expert < EXPERTS
+    weight = tl.load(routed_ptr + token * routed_stride + expert, mask=known, other=0.0)
+    is_chosen = (weight > 0) | (weight < 0)
+    count = tl.load(counts_ptr + expert, mask=known, other=0)
+    place = tl.load(places_ptr + token * EXPERTS + expert, mask=is_chosen, other=0) + tl.cumsum(count, 0) - count
+    return expert, weight, is_chosen, place
+
+
+@triton.jit
+def expert_inputs_kernel(
+    x_ptr, routed_ptr, places_ptr, counts_ptr, out_ptr, width, x_stride, routed_stride,
     EXPERTS: tl.constexpr, EXPERTS_TILE: tl.constexpr, TOP_K: tl.constexpr, COLUMNS_TILE: tl.constexpr,
 ):  # fmt: skip
-    """A token's results times their weights, in the order of its experts."""
+    """A token times the weight of each of its experts, to where the expert's rows are."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS_TILE + tl.arange(0, COLUMNS_TILE)
     mask = column < width
-    expert = tl.arange(0, EXPERTS_TILE)
-    known = expert < EXPERTS
-    weight = tl.load(routed_ptr + token * routed_stride + expert, mask=known, other=0.0)
-    is_left = (weight > 0) | (weight < 0)
-    count = tl.load(counts_ptr + expert, mask=known, other=0)
-    place = tl.load(places_ptr + token * EXPERTS + expert, mask=is_left, other=0) + tl.cumsum(count, 0) - count
+    expert, weight, is_left, place = _choices(
+        routed_ptr, places_ptr, counts_ptr, token, routed_stride, EXPERTS, EXPERTS_TILE
+    )
+    x = tl.load(x_ptr + token * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+    for _ in range(TOP_K):
+        own = tl.min(tl.where(is_left, expert, EXPERTS_TILE), 0)
+        row = tl.sum(tl.where(expert == own, place, 0), 0).to(tl.int64)
+        factor = tl.sum(tl.where(expert == own, weight, 0.0), 0)
+        is_real = column * 0 + own < EXPERTS
+        tl.store(out_ptr + row * width + column, (x * factor).to(out_ptr.dtype.element_ty), mask=mask & is_real)
+        is_left = is_left & (expert != own)
+
+
+@triton.jit
+def expert_sums_kernel(
+    results_ptr, routed_ptr, places_ptr, counts_ptr, shared_ptr, gate_ptr, out_ptr, width, routed_stride, shared_stride,
+    gate_stride, out_stride,
+    EXPERTS: tl.constexpr, EXPERTS_TILE: tl.constexpr, TOP_K: tl.constexpr, IS_WEIGHTED: tl.constexpr,
+    COLUMNS_TILE: tl.constexpr,
+):  # fmt: skip
+    """A token's results times their weights (``IS_WEIGHTED``: they are already), in the order of its experts."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS_TILE + tl.arange(0, COLUMNS_TILE)
+    mask = column < width
+    expert, weight, is_left, place = _choices(
+        routed_ptr, places_ptr, counts_ptr, token, routed_stride, EXPERTS, EXPERTS_TILE
+    )
+    if IS_WEIGHTED:
+        weight = tl.where(is_left, 1.0, 0.0)
     total = tl.zeros([COLUMNS_TILE], tl.float32)
     for _ in range(TOP_K):
         own = tl.min(tl.where(is_left, expert, EXPERTS_TILE), 0)
@@ -239,12 +273,6 @@ def _check(weights: ExpertWeights) -> None:
             raise NotImplementedError(
                 "GPUs multiply quantised experts with activations in float only (--quantized-activations float)"
             )
-    if not isinstance(weights.activation, str):
-        raise NotImplementedError("GPUs do not run the experts of gpt-oss yet")
-    if not weights.is_gated:
-        raise NotImplementedError("GPUs do not run experts without gates yet")
-    if weights.scales_input:
-        raise NotImplementedError("GPUs do not run experts whose weights multiply their inputs yet")
 
 
 def _format(weight: Any) -> tuple[Encoding | torch.dtype, ...]:
@@ -265,7 +293,7 @@ def experts(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The op ``experts``, in four launches for each MOST_TOKENS tokens.
+    """The op ``experts``, in four launches for each MOST_TOKENS tokens, or five if weights multiply the inputs.
 
     Raises:
         NotImplementedError: There are no kernels for such experts.
@@ -295,8 +323,7 @@ def _experts(
     args["counts_ptr"] = counts
     listing = Config(4, 1, (("TILE", _LISTED),))
     launch(expert_lists_kernel, (count,), args | {"lists_ptr": lists, "tokens": tokens}, listing, EXPERTS=count)
-    known, activation = _known[weights], weights.activation
-    assert isinstance(activation, str)
+    known = _known[weights]
     middle = scratch.get(f"experts.inner {x.dtype}", rows * inner, x.dtype, x.device)[: rows * inner].view(rows, inner)
     results = scratch.get("experts.results", rows * hidden, torch.float32, x.device)[: rows * hidden].view(rows, hidden)
     gemm_args = {"lists_ptr": lists, "counts_ptr": counts, "tokens": tokens}
@@ -304,14 +331,31 @@ def _experts(
     down = {"weights_ptr": known.down, "biases_ptr": known.down_bias, "bias_ptr": None}
     if weights.gate_up_bias is not None and weights.down_bias is not None:
         gate_up["bias_ptr"], down["bias_ptr"] = weights.gate_up_bias[0], weights.down_bias[0]
-    _product(x, weights.gate_up[0], middle, gemm_args | gate_up, count, activation)
-    _product(middle, weights.down[0], results, gemm_args | down, count, None)
+    tile = Config(4, 1, (("COLUMNS_TILE", _COLUMNS),))
+    choice = {"EXPERTS": count, "EXPERTS_TILE": power_of_two(count), "TOP_K": weights.top_k}
+    grid = (tokens, triton.cdiv(hidden, _COLUMNS))
+    if weights.scales_input:
+        name = f"experts.inputs {x.dtype}"
+        inputs = scratch.get(name, rows * hidden, x.dtype, x.device)[: rows * hidden].view(rows, hidden)
+        own = {"x_ptr": x, "out_ptr": inputs, "width": hidden, "x_stride": row_stride(x)}
+        launch(expert_inputs_kernel, grid, args | own, tile, **choice)
+        x = inputs
+    first = Follower(pointwise.kernel_name(weights.activation), weights.is_gated)
+    _product(x, weights.gate_up[0], middle, gemm_args | gate_up, count, first, gathers=not weights.scales_input)
+    _product(middle, weights.down[0], results, gemm_args | down, count, Follower(), gathers=False)
     args |= {"results_ptr": results, "shared_ptr": shared, "gate_ptr": gate, "out_ptr": out, "width": hidden}
     args |= {"shared_stride": 0 if shared is None else row_stride(shared), "out_stride": row_stride(out)}
     args["gate_stride"] = 0 if gate is None else row_stride(gate)
-    grid = (tokens, triton.cdiv(hidden, _COLUMNS))
-    tile = Config(4, 1, (("COLUMNS_TILE", _COLUMNS),))
-    launch(expert_sums_kernel, grid, args, tile, EXPERTS=count, EXPERTS_TILE=power_of_two(count), TOP_K=weights.top_k)
+    launch(expert_sums_kernel, grid, args, tile, **choice, IS_WEIGHTED=weights.scales_input)
+
+
+@dataclass(frozen=True)
+class Follower:
+    """What follows a product of experts."""
+
+    activation: str = "none"
+    """As kernels call it."""
+    is_gated: bool = False
 
 
 def _product(
@@ -320,12 +364,14 @@ def _product(
     out: Tensor,
     args: dict[str, Any],
     count: int,
-    activation: str | None,
+    follower: Follower,
+    *,
+    gathers: bool,
 ) -> None:
-    """One projection of all experts; ``activation``: of the first one, which reads the tokens that are listed."""
+    """One projection of all experts. ``gathers``: rows of x are tokens; each expert's are listed."""
     rows, n, k = *out.shape, x.shape[1]
     segments = gemm.num_segments(weight.shape[0], k)
-    is_gated = activation is not None
+    is_gated = follower.is_gated
     usual = max(1, rows // count)
     # Two tiles of sums and the addresses of rows: without wgmma, they are all in registers.
     is_tight = is_gated and target().backend == "cuda" and not target().has_wgmma
@@ -335,15 +381,19 @@ def _product(
     if isinstance(weight, QuantizedWeight):
         (segment,) = weight.segments
         layout = Layout(segment.rows, k, segment.encoding)
-        usual = min(usual, 32) if is_tight else usual
+        # Numbers from a table take registers as well.
+        is_looked_up = is_gated and layout.has_table
+        usual = min(usual, 32) if is_tight or is_looked_up else usual
         config = configs.quantized_gemm(target(), usual, x.dtype, layout.bits, is_gated)
         if is_tight:
             config = replace(config, num_warps=8)
+        if is_looked_up:
+            config = replace(config, tile=tuple((name, min(size, 64)) for name, size in config.tile))
         given |= {**layout.arguments(segment.data), "COLUMNS": layout.padded}
         kernel, constants = quantized_expert_gemm_kernel, layout.constants()
     else:
         usual = min(usual, 64) if is_tight else usual
-        config = configs.gemm(target(), usual, k, x.dtype, segments, activation or "none", is_gated, True)
+        config = configs.gemm(target(), usual, k, x.dtype, segments, follower.activation, is_gated, True)
         given |= {"w_ptr": weight, "w_stride": row_stride(weight)}
         kernel, constants = expert_gemm_kernel, {"EVEN_N": n % dict(config.tile)["TILE_N"] == 0}
     tile = dict(config.tile)
@@ -353,12 +403,12 @@ def _product(
         (items * triton.cdiv(n, tile["TILE_N"]),),
         given,
         config,
-        GATHERS=is_gated,
+        GATHERS=gathers,
         EXPERTS=count,
         EXPERTS_TILE=power_of_two(count),
         SEGMENTS=segments,
         EVEN_K=k % tile["TILE_K"] == 0,
-        ACTIVATION=activation or "none",
+        ACTIVATION=follower.activation,
         GATED=is_gated,
         **constants,
     )
@@ -380,3 +430,23 @@ def cases() -> Iterator[Case]:
         for tokens in (8, 1024):
             x, routed = meta(tokens, 2048), meta(tokens, 128, dtype=torch.float32)
             yield Case(f"{name} m={tokens}", partial(experts, x, routed, weights), min_load=1, family="quantised")
+    yield from _cases_of_families()
+
+
+def _cases_of_families() -> Iterator[Case]:
+    """Experts that differ: those of gpt-oss, of Llama 4, and without gates."""
+    mxfp4 = Encoding("mxfp4", 32, torch.float8_e8m0fnu)
+    gate_up, down = (quantized.empty(mxfp4, *shape) for shape in ((5760, 2880), (2880, 2880)))
+    biases = (meta(5760),) * 32, (meta(2880),) * 32
+    of_gpt_oss = ExpertWeights((gate_up,) * 32, (down,) * 32, *biases, SwiGLUOAI(), 4)
+    plain = (meta(16384, 5120),) * 16, (meta(5120, 8192),) * 16
+    of_llama4 = ExpertWeights(*plain, None, None, "silu", 1, scales_input=True)
+    without_gates = (meta(1856, 2688),) * 128, (meta(2688, 1856),) * 128
+    others = ExpertWeights(*without_gates, None, None, "relu2", 6)
+    kinds = {"gpt-oss": (of_gpt_oss, 2880), "llama 4": (of_llama4, 5120), "relu2": (others, 2688)}
+    for name, (weights, hidden) in kinds.items():
+        family, least = ("quantised", 1) if weights is of_gpt_oss else ("bf16", 4)
+        for tokens in (8, 2048):
+            x, routed = meta(tokens, hidden), meta(tokens, len(weights.down), dtype=torch.float32)
+            call = partial(experts, x, routed, weights)
+            yield Case(f"{name} m={tokens}", call, min_load=least, family=family)

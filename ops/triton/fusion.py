@@ -21,7 +21,7 @@ from torch import Tensor
 from ops.dispatch import Node, Ref
 from ops.metadata import AttentionMetadata
 from ops.packed import QuantizedWeight, Weight
-from ops.triton import linear, norm, rope
+from ops.triton import linear, norm, pointwise, rope
 from ops.triton.gemm import PLAIN, Epilogue
 from ops.triton.rope import HeadNorm
 
@@ -152,7 +152,7 @@ class Fusion:
         is_gated = node.name == "act_and_mul"
         if found is None or (is_gated and not _can_be_gated(found["weight"])):
             return None
-        kind = given["activation"] if is_gated else given["kind"]
+        kind = pointwise.kernel_name(given["activation"]) if is_gated else given["kind"]
         self._drop(self._made_by[given["x"].index])
         return _node(product, found | {"activation": kind, "is_gated": is_gated}, node.out)
 

@@ -18,22 +18,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ops.metadata import AttentionMetadata, AttentionShape, KVLayout
 from ops.packed import Weight
-from ops.triton import attention, configs, experts, gemm, rope
+from ops.triton import attention, attention_tiles, configs, experts, gemm, rope
 from ops.triton.attention import PlannedAttention, plan_attention
 from ops.triton.catalog import Case, meta
-from ops.triton.configs import KIB, TARGETS, Config, power_of_two
+from ops.triton.configs import TARGETS, Config, power_of_two
 from ops.triton.launch import launch, result, row_stride, scratch, target
 
 MAX_RANK = 512
 """Columns of a latent at most."""
 _HEADS_TILE = 16
-_FLOAT32_SHARED = 160 * KIB
-"""Bytes of shared memory that tiles of float32 need."""
 
 
 def unsupported(shape: AttentionShape, dtype: torch.dtype) -> str | None:
     """The reason why the kernels cannot compute such a layer, or None if they can."""
-    if dtype == torch.float32 and target().max_shared < _FLOAT32_SHARED:
+    if dtype == torch.float32 and target().max_shared < attention_tiles.FLOAT32_SHARED:
         return "latent attention in float32 needs a GPU with more shared memory; use --dtype bfloat16"
     if shape.v_dim > MAX_RANK:
         return f"latents of {shape.v_dim} numbers are not supported; at most {MAX_RANK}"
@@ -287,15 +285,15 @@ def latent_attention(
         args |= attention._partial_results(q, meta, shape, is_split=is_split)
         args |= {"q_stride": row_stride(q), "out_stride": row_stride(out)}
         args |= {"table_stride": row_stride(meta.block_table), "scale": shape.scale * attention.LOG2_E}
-        tile = attention.split_tile if is_split else attention.whole_tile
+        tile = attention_tiles.split_tile if is_split else attention_tiles.whole_tile
         rows, warps, stages = tile(shape, cache.dtype)
         launch(
             latent_attention_kernel,
             (min(len(items), attention.PROGRAMS),),
             args,
-            Config(warps, stages, (("ROWS", rows), ("STEP", attention._step(shape, cache.dtype)))),
+            Config(warps, stages, (("ROWS", rows), ("STEP", attention_tiles.step_of(shape, cache.dtype)))),
             IS_SPLIT=is_split,
-            PART=attention.PART,
+            PART=attention_tiles.PART,
             HEADS=shape.num_heads,
             BLOCK_SIZE=meta.block_size,
             **_sizes(shape),
@@ -358,7 +356,7 @@ def cases() -> Iterator[Case]:
     )
     step = AttentionMetadata(starts, lengths, table, meta(tokens, dtype=torch.int64), block_size)
     positions, angles = meta(tokens, dtype=torch.int32), meta(4096, 64, dtype=torch.float32)
-    large = frozenset(name for name, each in TARGETS.items() if each.max_shared >= _FLOAT32_SHARED)
+    large = frozenset(name for name, each in TARGETS.items() if each.max_shared >= attention_tiles.FLOAT32_SHARED)
     for heads, dtype in ((128, torch.bfloat16), (16, torch.bfloat16), (16, torch.float16), (16, torch.float32)):
         shape = AttentionShape(heads, 1, 576, 0.07, v_head_dim=512, kind="latent", rotates_pairs=True)
         q, q_rope = meta(tokens, heads * 512, dtype=dtype), meta(tokens, heads * 192, dtype=dtype)

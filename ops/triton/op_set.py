@@ -11,9 +11,11 @@ from ops.triton import (
     attention,
     codes,
     experts,
+    fp8,
     fusion,
     gather,
     latent,
+    launch,
     library,
     linear,
     logprobs,
@@ -71,6 +73,7 @@ class TritonOps(OpSet):
         """``uses_library``: the vendor's library computes products (``library.py``)."""
         changes = {"linear": library.linear} if uses_library else {}
         super().__init__("triton", {**IMPLEMENTATIONS, **changes})
+        self.multiplies_fp8 = fp8.has_products(launch.target())
 
     def compile(
         self,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.metadata import KV_CODES
 from ops.packed import Encoding, QuantizedWeight, Segment
 from ops.triton import gemm
 from ops.triton.catalog import Case, meta
@@ -31,9 +32,12 @@ _ROUND = tl.constexpr(12582912.0)
 
 @triton.jit
 def quantize_rows_kernel(
-    x_ptr, rows_ptr, codes_ptr, scales_ptr, K, padded, x_stride, SMALLEST: tl.constexpr, CHUNK: tl.constexpr
-):
-    """A program per row: its codes, padded with zeros, and its scale; NaN if a number is not finite."""
+    x_ptr, rows_ptr, codes_ptr, scales_ptr, K, padded, x_stride,
+    SMALLEST: tl.constexpr, LARGEST: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A program per row: its codes, of which LARGEST is the largest, padded with zeros, and its scale; NaN if a number
+    is not finite."""
+    dtype: tl.constexpr = codes_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     source = row
     if rows_ptr is not None:
@@ -50,14 +54,17 @@ def quantize_rows_kernel(
     is_finite = tl.max(strange, 0) == 0
     is_zero = most < SMALLEST
     divisor = tl.where(is_zero | (is_finite == 0), 1.0, most)
-    inverse = tl.div_rn(127.0, divisor)
-    scale = tl.where(is_zero, 0.0, tl.div_rn(most, 127.0))
+    inverse = tl.div_rn(LARGEST, divisor)
+    scale = tl.where(is_zero, 0.0, tl.div_rn(most, LARGEST))
     tl.store(scales_ptr + row, tl.where(is_finite, scale, float("nan")))
     for start in range(0, padded, CHUNK):
         column = start + tl.arange(0, CHUNK)
         x = tl.load(x_ptr + source * x_stride + column, mask=column < K, other=0.0).to(tl.float32)
-        rounded = (x * inverse + _ROUND) - _ROUND
-        codes = tl.where(is_finite & (is_zero == 0), rounded, 0.0).to(tl.int32).to(tl.int8)
+        scaled = tl.where(is_finite & (is_zero == 0), x * inverse, 0.0)
+        if dtype == tl.int8:
+            codes = ((scaled + _ROUND) - _ROUND).to(tl.int32).to(tl.int8)
+        else:
+            codes = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST).to(dtype)
         tl.store(codes_ptr + row * padded + column, codes, mask=column < padded)
 
 
@@ -102,14 +109,18 @@ def per_token_gemm_kernel(
     )  # fmt: skip
 
 
-def quantized_rows(x: Tensor, padded: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows of ``x`` in 8 bits, int8 [rows, padded], and their scales, float32 [rows]. The next call overwrites both."""
+def quantized_rows(
+    x: Tensor, padded: int, rows: Tensor | None, dtype: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor]:
+    """Rows of ``x`` in 8 bits, in ``dtype`` [rows, padded], and their scales, float32 [rows]. The next call overwrites
+    both."""
     count = len(x) if rows is None else len(rows)
-    codes = scratch.get("per token codes", count * padded, torch.int8, x.device)
+    codes = scratch.get(f"per token codes {dtype}", count * padded, dtype, x.device)
     scales = scratch.get("per token scales", count, torch.float32, x.device)
     args = {"x_ptr": x, "rows_ptr": rows, "codes_ptr": codes, "scales_ptr": scales, "K": x.shape[1]}
     args |= {"padded": padded, "x_stride": row_stride(x)}
-    launch(quantize_rows_kernel, (count,), args, Config(4, 1, (("CHUNK", _CHUNK),)), SMALLEST=SMALLEST)
+    config = Config(4, 1, (("CHUNK", _CHUNK),))
+    launch(quantize_rows_kernel, (count,), args, config, SMALLEST=SMALLEST, LARGEST=KV_CODES[dtype])
     return codes, scales
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.packed import GatedActivation, SwiGLUOAI
 from ops.triton.catalog import Case, meta
 from ops.triton.configs import Config
 from ops.triton.launch import launch, result, row_stride
@@ -47,10 +48,33 @@ def activate(x, KIND: tl.constexpr):
     return y
 
 
+def kernel_name(activation: GatedActivation | str) -> str:
+    """What kernels call a gated activation: its name, then its numbers."""
+    return f"swiglu {activation.alpha} {activation.limit}" if isinstance(activation, SwiGLUOAI) else activation
+
+
+@triton.constexpr_function
+def _is_swiglu(kind: str) -> bool:
+    return kind.startswith("swiglu ")
+
+
+@triton.constexpr_function
+def _number(kind: str, index: int) -> float:
+    return float(kind.split()[1 + index])
+
+
 @triton.jit
 def gated(gate, up, KIND: tl.constexpr, DTYPE: tl.constexpr):
     """``act(gate) * up``, rounded after each of the two. All in float32."""
-    return activate(gate, KIND).to(DTYPE).to(tl.float32) * up
+    if _is_swiglu(KIND):
+        ALPHA: tl.constexpr = _number(KIND, 0)
+        LIMIT: tl.constexpr = _number(KIND, 1)
+        gate = tl.where(gate > LIMIT, LIMIT, gate)  # what is not a number stays so
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up)) + 1.0
+        active = gate / (1.0 + tl.exp(-ALPHA * gate))
+    else:
+        active = activate(gate, KIND)
+    return active.to(DTYPE).to(tl.float32) * up
 
 
 @triton.jit
@@ -159,12 +183,12 @@ def activation(x: Tensor, kind: str, *, out: Tensor | None = None) -> Tensor:
     return _pointwise(kind, x, None, 0.0, out)
 
 
-def act_and_mul(x: Tensor, activation: str, *, out: Tensor | None = None) -> Tensor:
+def act_and_mul(x: Tensor, activation: GatedActivation | str, *, out: Tensor | None = None) -> Tensor:
     """The op ``act_and_mul``."""
     rows, width = x.shape[0], x.shape[1] // 2
     out = result(out, (rows, width), x.dtype, x)
     args = {"x_ptr": x, "out_ptr": out, "width": width, "x_stride": row_stride(x), "out_stride": row_stride(out)}
-    launch(act_and_mul_kernel, _grid(rows, width), args, _CONFIG, KIND=activation)
+    launch(act_and_mul_kernel, _grid(rows, width), args, _CONFIG, KIND=kernel_name(activation))
     return out
 
 
@@ -182,7 +206,8 @@ def cases() -> Iterator[Case]:
     }
     for kind in ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"):
         calls[kind] = partial(activation, x, kind)
-    for kind in ("silu", "gelu", "gelu_tanh"):
-        calls[f"gated {kind}"] = partial(act_and_mul, x, kind)
+    gated_kinds: dict[str, GatedActivation] = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_tanh"}
+    for name, each in (gated_kinds | {"swiglu": SwiGLUOAI()}).items():
+        calls[f"gated {name}"] = partial(act_and_mul, x, each)
     for name, call in calls.items():
         yield Case(name, call)

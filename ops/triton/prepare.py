@@ -65,16 +65,18 @@ def block_rows_kernel(
     slot = tl.load(slots_ptr + row).to(tl.int64)
     for start in range(0, num_blocks, TILE):
         place = start + tl.arange(0, TILE)
-        blocks = tl.load(table_ptr + slot * table_stride + place, mask=place < num_blocks, other=0)
+        blocks = (slot + place).to(tl.int32)
+        if table_ptr is not None:
+            blocks = tl.load(table_ptr + slot * table_stride + place, mask=place < num_blocks, other=0)
         tl.store(out_ptr + row.to(tl.int64) * out_stride + place, blocks, mask=place < num_blocks)
 
 
-def block_rows(table: Tensor, slots: Tensor, seq_lens: Tensor, block_size: int, out: Tensor) -> None:
+def block_rows(table: Tensor | None, slots: Tensor, seq_lens: Tensor, block_size: int, out: Tensor) -> None:
     """The blocks of each row's context, in the order of the rows.
 
     Args:
-        table: int32 [slots, max_blocks].
-        slots: int32 [rows].
+        table: int32 [slots, max_blocks]; None: blocks follow each other.
+        slots: int32 [rows]; without a table, the first block of each row.
         seq_lens: int32 [rows]; 0: the row is left alone.
         block_size: Tokens per block.
         out: int32 [rows, max_blocks]; the rest of a row is left alone.
@@ -85,7 +87,7 @@ def block_rows(table: Tensor, slots: Tensor, seq_lens: Tensor, block_size: int, 
         "lens_ptr": seq_lens,
         "out_ptr": out,
         "block_size": block_size,
-        "table_stride": table.stride(0),
+        "table_stride": 0 if table is None else table.stride(0),
         "out_stride": out.stride(0),
     }
     launch(block_rows_kernel, (len(slots),), args, _CONFIG)
@@ -99,3 +101,4 @@ def cases() -> Iterator[Case]:
     yield Case("blocks", lambda: scatter(table, long, short))
     yield Case("ids", lambda: complete(short, long, short, short))
     yield Case("rows", lambda: block_rows(table, short, short, 32, table))
+    yield Case("rows without a table", lambda: block_rows(None, short, short, 32, table))

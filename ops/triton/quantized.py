@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ops.packed import Encoding, QuantizedWeight, Segment
-from ops.triton import configs, gemm, per_token
+from ops.triton import configs, fp8, gemm, per_token
 from ops.triton.catalog import Case, meta
 from ops.triton.codes import COLUMNS, Layout, numbers
 from ops.triton.configs import Config
@@ -157,6 +157,8 @@ def matmul(
     """
     if weight.activations == "int8_per_token":
         return per_token.matmul(x, weight, epilogue, rows=rows, dtype=dtype, out=out)
+    if weight.activations == "fp8_per_token":
+        return fp8.matmul(x, weight, epilogue, rows=rows, dtype=dtype, out=out)
     if weight.activations != "float":
         raise NotImplementedError(
             f"GPUs multiply quantised weights with activations in float, not {weight.activations} "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,6 @@ from tests.ops.cpu import randn
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from executor.launched_forward import LaunchedForward
 from executor.static_forward import GraphSizes, StaticForward
 from ops.triton import launch
 from tests.fake_cuda import FakeCuda
@@ -55,34 +55,35 @@ def test_tokens_are_those_of_a_cpu(setup: dict[str, Any], fake: FakeCuda, monkey
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
-def test_encoders_launch_each_step(family: str, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoders(family: str, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = []
+    requests = [(40, "MEAN"), (7, "CLS"), (50, "ALL"), (40, "CLS"), (9, "MEAN"), (20, "CLS")]
     for device in (ReferenceCpu(), fake):
-        engine = Engine(device, monkeypatch, family=family)
-        for index, (length, pooling) in enumerate(((40, "MEAN"), (7, "CLS"), (50, "ALL"))):
-            engine.add(index, random_tokens(length, index), ResolvedPoolingParams(pooling_type=pooling))
+        engine = Engine(device, monkeypatch, family=family, enable_chunked_prefill=False)
+        for index, (length, pooling) in enumerate(requests):
+            pair = ResolvedPoolingParams(pooling_type=pooling, second_segment=5 * (index % 2))
+            engine.add(index, random_tokens(length, index), pair)
         engine.run()
         vectors.append(engine.vectors)
-    assert isinstance(engine.worker.runner.forward, LaunchedForward)
-    assert len(vectors[0]) == 3 and vectors[0].keys() == vectors[1].keys()
+    assert isinstance(engine.worker.runner.forward, StaticForward)
+    assert len(vectors[0]) == len(requests) and vectors[0].keys() == vectors[1].keys()
     for expected, found in zip(vectors[0].values(), vectors[1].values(), strict=True):
         np.testing.assert_allclose(
             np.frombuffer(found.data, np.float32), np.frombuffer(expected.data, np.float32), 1e-5, 1e-6
         )
 
 
-def test_rows_with_adapters_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With Triton's kernels, interpreted: there is no other way to adapters on a GPU."""
-    before = ops.op_set("cpu")
-    base = tiny.checkpoint("llama", num_hidden_layers=1)
-    path = write_adapter(base)
-    lora = LoRAConfig(enable_lora=True, max_loras=2, max_lora_rank=8)
-    tokens = []
-    for device in (ReferenceCpu(), FakeCuda(by_itself=False)):
-        engine = Engine(device, monkeypatch, folder=base, lora=lora)
-        engine.worker.handle(LoadAdapter(1, LoRARequest("a", 1, str(path), adapter_hash(path))))
+def steps_with_adapters(engine: Engine, base: Path) -> list[bytes]:
+    """The tokens of steps of which some are graphs; an adapter of a higher rank comes between them."""
+    found: list[bytes] = []
+
+    def load(number: int, rank: int) -> None:
+        path = write_adapter(base, rank=rank, seed=number)
+        engine.worker.handle(LoadAdapter(number, LoRARequest(str(number), number, str(path), adapter_hash(path))))
+
+    def step(counts: list[int], new: Sequence[int] = ()) -> None:
         params = ResolvedParams(temperature=0.0, max_tokens=9)
-        new = [
+        requests = [
             NewRequest(
                 slot=slot,
                 token_ids=np.array(random_tokens(3, slot), np.int32).tobytes(),
@@ -92,18 +93,43 @@ def test_rows_with_adapters_are_launched(monkeypatch: pytest.MonkeyPatch) -> Non
                 params=params,
                 lora_id=slot,
             )
-            for slot in (0, 1)
+            for slot in new
         ]
-        slots, counts = np.array([0, 1], np.int32).tobytes(), np.array([3, 3], np.int32).tobytes()
-        engine.worker.handle(SchedulerOutput(1, slots, counts, b"\1\1", new_reqs=tuple(new)))
-        if isinstance(device, FakeCuda):
-            device.channel.let_come()
+        slots, columns = np.arange(len(counts), dtype=np.int32).tobytes(), np.array(counts, np.int32).tobytes()
+        plan = SchedulerOutput(len(found) + 1, slots, columns, b"\1" * len(counts), new_reqs=tuple(requests))
+        engine.worker.handle(plan)
+        if isinstance(engine.device, FakeCuda):
+            engine.device.channel.let_come()
             engine.worker.take_results()
-            assert isinstance(engine.worker.runner.forward, LaunchedForward)
-            device.close()
-        tokens.append(engine.results[0].sampled_token_ids)
-    ops.use("cpu", before)
-    assert tokens[0] == tokens[1]
+        (result,) = engine.results
+        engine.answers.remove(result)
+        found.append(result.sampled_token_ids)
+
+    load(1, rank=4)
+    step([3, 3], new=(0, 1))
+    for _ in range(2):
+        step([1, 1])
+    load(2, rank=20)
+    step([1, 1, 3], new=(2,))
+    step([1, 1, 1])
+    return found
+
+
+def test_rows_with_adapters_are_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Triton's kernels, interpreted: there is no other way to adapters on a GPU."""
+    before = ops.op_set("cpu")
+    base = tiny.checkpoint("llama", num_hidden_layers=1)
+    lora = LoRAConfig(enable_lora=True, max_loras=2, max_lora_rank=20)
+    expected = steps_with_adapters(Engine(ReferenceCpu(), monkeypatch, folder=base, lora=lora), base)
+    device = FakeCuda(by_itself=False)
+    try:
+        engine = Engine(device, monkeypatch, folder=base, lora=lora)
+        captured = device.channel.fake_graphs.num_captured
+        assert steps_with_adapters(engine, base) == expected
+        assert device.channel.calls["graph"] == 3 and device.channel.fake_graphs.num_captured == captured + 2
+    finally:
+        device.close()
+        ops.use("cpu", before)
 
 
 @pytest.mark.parametrize("is_recorded", [False, True])

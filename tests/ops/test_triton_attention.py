@@ -17,6 +17,7 @@ from ops.reference.kv_codes import decode_heads, encode_heads
 from tests.triton_interpreter import ORDERS, Order, count_bytes, grid_order
 
 attention: Any = pytest.importorskip("ops.triton.attention")
+attention_tiles: Any = pytest.importorskip("ops.triton.attention_tiles")
 
 BFLOAT16 = torch.bfloat16
 SMALL = AttentionShape(4, 2, 32, 32**-0.5)
@@ -97,6 +98,9 @@ def exact(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, sinks: Tensor 
         scores = scores - torch.tensor(shape.alibi_slopes).view(shape.num_kv_heads, -1, 1, 1).double() * distance
     if shape.causal:
         hidden = (distance < 0) | (distance >= (shape.sliding_window or length))
+        if shape.is_chunked:
+            chunk = torch.arange(length) // (shape.sliding_window or length)
+            hidden |= chunk.unsqueeze(1) != chunk
         scores = scores.masked_fill(hidden, -math.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.view(*scores.shape[:2], 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
@@ -117,6 +121,8 @@ SHAPES = {
     "odd group and head": AttentionShape(6, 2, 80, 80**-0.5),
     "different heads of V": AttentionShape(4, 2, 48, 0.14, v_head_dim=24),
     "window": replace(SMALL, sliding_window=70),
+    "chunks": replace(SMALL, sliding_window=33, is_chunked=True),
+    "wide heads": AttentionShape(2, 1, 512, 0.05),
     "cap": replace(SMALL, logit_softcap=3.0),
     "sinks": replace(SMALL, has_sinks=True, sliding_window=40),
     "alibi": replace(SMALL, alibi_slopes=(0.5, 0.25, 0.125, 0.0625)),
@@ -159,11 +165,14 @@ def test_what_the_reference_computes() -> None:
 @pytest.fixture
 def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of a few tokens, so that contexts that span some are quick to compute."""
-    monkeypatch.setattr(attention, "PART", 128)
+    monkeypatch.setattr(attention_tiles, "PART", 128)
 
 
 @pytest.mark.usefixtures("short_parts")
-@pytest.mark.parametrize("shape", [TINY, replace(TINY, sliding_window=150, has_sinks=True)])
+@pytest.mark.parametrize(
+    "shape",
+    [TINY, replace(TINY, sliding_window=150, has_sinks=True), replace(TINY, sliding_window=150, is_chunked=True)],
+)
 def test_the_same_bits_in_parts_chunks_and_batches(shape: AttentionShape) -> None:
     """A prompt that spans parts, at once and in chunks; its last token decoded alone and among others."""
     length, other = 280, 170
@@ -274,7 +283,7 @@ def test_a_request_that_is_not_split_has_the_same_bits(monkeypatch: pytest.Monke
     keys, values = (torch.ones_like(cache) for cache in requests.cache)
     requests.cache = keys.clone(), values.clone()
     expected = requests.step({0: 1, 1: 1})
-    monkeypatch.setattr(attention, "SPLIT_PARTS", 3)  # enough for the first request alone
+    monkeypatch.setattr(attention_tiles, "SPLIT_PARTS", 3)  # enough for the first request alone
     again = Requests(TINY, [280, 150])
     again.done, again.cache = [279, 149], (keys, values)
     result = again.step({0: 1, 1: 1})
@@ -302,9 +311,9 @@ def test_the_cache_is_read_once() -> None:
 
 
 def test_what_is_not_supported_is_named() -> None:
-    assert attention.unsupported(SMALL, BFLOAT16) is None
-    assert "float64" in attention.unsupported(SMALL, torch.float64)
-    assert "512 numbers" in attention.unsupported(AttentionShape(4, 2, 512, 0.1), BFLOAT16)
+    assert attention_tiles.unsupported(SMALL, BFLOAT16) is None
+    assert "float64" in attention_tiles.unsupported(SMALL, torch.float64)
+    assert "1024 numbers" in attention_tiles.unsupported(AttentionShape(4, 2, 1024, 0.1), BFLOAT16)
 
 
 @pytest.mark.parametrize(("kv_dtype", "scales"), [(torch.float8_e4m3fn, (0.5, 2.0)), (torch.float8_e5m2, (1.0, 1.0))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 import ops
-from ops import ExpertWeights, QuantizedWeight, Routing
+from ops import ExpertWeights, QuantizedWeight, Routing, SwiGLUOAI
 from tests.ops.cpu import randn, using
 from tests.ops.test_experts import ROUTINGS
 from tests.triton_interpreter import ORDERS, Order, grid_order
@@ -39,12 +40,14 @@ def test_sparsemixer_and_equal_experts() -> None:
 HIDDEN, INNER, EXPERTS = 48, 32, 5
 
 
-def a_layer(dtype: torch.dtype, *, has_bias: bool) -> ExpertWeights:
-    def several(*shape: int, seed: int) -> tuple[Tensor, ...]:
-        return tuple(0.3 * randn(*shape, seed=seed + index, dtype=dtype) for index in range(EXPERTS))
+def several(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+    return tuple(0.3 * randn(*shape, seed=seed + index, dtype=dtype) for index in range(EXPERTS))
 
-    first_bias, second_bias = (several(2 * INNER, seed=70), several(HIDDEN, seed=80)) if has_bias else (None, None)
-    first, second = several(2 * INNER, HIDDEN, seed=10), several(HIDDEN, INNER, seed=40)
+
+def a_layer(dtype: torch.dtype, *, has_bias: bool) -> ExpertWeights:
+    first_bias = several(2 * INNER, seed=70, dtype=dtype) if has_bias else None
+    second_bias = several(HIDDEN, seed=80, dtype=dtype) if has_bias else None
+    first, second = several(2 * INNER, HIDDEN, seed=10, dtype=dtype), several(HIDDEN, INNER, seed=40, dtype=dtype)
     return ExpertWeights(first, second, first_bias, second_bias, "silu", 2)
 
 
@@ -113,8 +116,24 @@ def test_quantised_experts_multiply_as_layers_do(bits: int, size: int) -> None:
     assert not found[2].any()
 
 
+@pytest.mark.parametrize("kind", ["gpt-oss", "llama 4", "without gates"])
+def test_experts_of_other_families(kind: str) -> None:
+    plain = a_layer(torch.bfloat16, has_bias=kind == "gpt-oss")
+    if kind == "gpt-oss":
+        weights = replace(plain, activation=SwiGLUOAI(limit=0.5))
+    elif kind == "llama 4":
+        weights = replace(plain, scales_input=True)
+    else:
+        weights = replace(plain, gate_up=several(INNER, HIDDEN, seed=10), activation="relu2")
+    x, routed = randn(7, HIDDEN, dtype=torch.bfloat16), routed_tokens(7)
+    expected = ops.experts.reference(x[:-1], routed[:-1], weights)
+    found = triton_experts.experts(x, routed, weights)
+    torch.testing.assert_close(found[:-1], expected, rtol=2**-6, atol=2**-6)
+    assert torch.equal(triton_experts.experts(x[2:3], routed[2:3], weights), found[2:3])
+
+
 def test_what_has_no_kernels_is_refused() -> None:
     dense = a_layer(torch.float32, has_bias=False)
-    scaled = ExpertWeights(dense.gate_up, dense.down, None, None, "silu", 2, scales_input=True)
-    with pytest.raises(NotImplementedError, match="multiply their inputs"):
-        triton_experts.experts(randn(2, HIDDEN), routed_tokens(2), scaled)
+    mixed = replace(dense, down=(*several(HIDDEN, INNER, seed=40, dtype=torch.bfloat16)[:1], *dense.down[1:]))
+    with pytest.raises(NotImplementedError, match="several formats"):
+        triton_experts.experts(randn(2, HIDDEN), routed_tokens(2), mixed)

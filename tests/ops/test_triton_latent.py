@@ -18,7 +18,7 @@ from tests.ops.test_cpu_latent import LatentRequests
 from tests.triton_interpreter import count_bytes, grid_order
 
 latent: Any = pytest.importorskip("ops.triton.latent")
-attention: Any = pytest.importorskip("ops.triton.attention")
+attention_tiles: Any = pytest.importorskip("ops.triton.attention_tiles")
 
 BFLOAT16 = torch.bfloat16
 SHAPES = {
@@ -43,7 +43,7 @@ class TritonRequests(LatentRequests):
 @pytest.fixture
 def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of a few tokens, so that contexts that span some are quick to compute."""
-    monkeypatch.setattr(attention, "PART", 64)
+    monkeypatch.setattr(attention_tiles, "PART", 64)
 
 
 @pytest.mark.usefixtures("short_parts")

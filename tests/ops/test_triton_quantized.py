@@ -146,6 +146,31 @@ def test_activations_stay_in_float_unless_asked_otherwise() -> None:
         assert chosen_activations(Options(), BF16, device, prefers_int8=True) == "int8"
 
 
+@pytest.mark.parametrize(("size", "is_gated"), [(None, False), (128, True)])
+def test_activations_in_fp8(size: int | None, is_gated: bool) -> None:
+    """Weights with a scale for each row, and for blocks; a row's bits do not depend on others."""
+    rows, columns = 40, 300
+    codes = randn(rows, columns, seed=1).to(torch.float8_e4m3fn)
+    scales, bias = randn(rows, -(-columns // (size or columns)), seed=4).abs(), randn(rows, seed=6, dtype=BF16)
+
+    def weight() -> QuantizedWeight:
+        return ops.pack_floats(
+            codes, scales, format="fp8_e4m3", group_size=size, dtype=BF16, activations="fp8_per_token"
+        )
+
+    x = randn(18, columns, dtype=BF16) * 3
+    x[0], x[1, 5], x[2, 7] = 0.9 * SMALLEST, 1e4, torch.inf
+    epilogue = gemm.Epilogue(bias, "silu", True) if is_gated else gemm.Epilogue(bias)
+    with using(OpSet()):
+        expected = ops.linear(x, weight(), bias)
+        expected = ops.act_and_mul(expected, "silu") if is_gated else expected
+    packed = weight()
+    found = linear.matmul(x, packed, epilogue)
+    torch.testing.assert_close(found, expected, equal_nan=True, rtol=2**-6, atol=2**-6)
+    assert torch.equal(linear.matmul(x[3:5], packed, epilogue), found[3:5])
+    assert torch.equal(linear.matmul(x, packed, epilogue, rows=torch.tensor([7, 4])), found[[7, 4]])
+
+
 @pytest.mark.parametrize(("rows", "dtype", "is_gated"), [(3, BF16, False), (18, torch.float32, True)])
 def test_activations_in_8_bits_per_token(rows: int, dtype: torch.dtype, is_gated: bool) -> None:
     """Sums are exact: what a product stores is the reference's, bit for bit."""
