@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import msgspec
 
 from executor.attention.base import AttentionGroup
 from executor.base import ModelError
 from executor.device.base import Device
+from executor.device.steps import StepChannel
+from executor.forward import REGISTRY as FORWARDS
 from executor.forward import Forward, ForwardSetup, UploadedForward, run_model
 from executor.graphs import Program
 from executor.input_batch import InputBatch
@@ -17,6 +20,7 @@ from executor.kv_memory import KVMemory, allocate_group
 from executor.loader import LoadedModel
 from executor.messages import KVCacheGroupSpec
 from executor.models.draft_head import DraftHead
+from executor.registry import resolve
 from executor.request_states import RequestStates
 from ops.dispatch import Spec
 
@@ -77,7 +81,10 @@ class DraftModel:
         """Bytes of the largest step, and bytes per token of the longest sequence. Called before the KV cache exists."""
         self._allocate_kv([1] * len(self.groups))
         table_bytes = sum(-(-self.max_num_seqs * 4 // group.block_size) for group in self.groups)
-        step_bytes = self._capture().num_bytes
+        self.program = self._capture()
+        step_bytes = self.program.num_bytes
+        if self.channel.graphs is not None:
+            step_bytes += self._forward_class().step_bytes(self._setup())
         if isinstance(self.loaded.model, DraftHead):  # hidden states that it reads, in rows and side by side
             width = self.loaded.model.num_features * (2 + 2 * len(self.loaded.model.aux_layers))
             step_bytes += self.max_tokens * width * self.loaded.dtype.itemsize
@@ -88,22 +95,35 @@ class DraftModel:
         for group, count in zip(self.groups, num_blocks, strict=True):
             allocate_group(group, count, layers, self.device, memory)
 
+    @cached_property
+    def channel(self) -> StepChannel:
+        """Its way to the device."""
+        return self.device.steps()
+
     def forward(self, states: RequestStates) -> Forward:
-        """The forward pass over the requests of ``states``."""
-        setup = ForwardSetup(
+        """The forward pass over the requests of ``states``, of which the host has all tokens."""
+        return self._forward_class()(self._setup(), states)
+
+    def _forward_class(self) -> type[UploadedForward]:
+        """Its steps are of any size, and rarely alike."""
+        name = "uploaded" if self.channel.graphs is None else "launched"
+        chosen: type[UploadedForward] = resolve(FORWARDS, name, "forward")
+        return chosen
+
+    def _setup(self) -> ForwardSetup:
+        return ForwardSetup(
             self.loaded.model,
             self.program,
-            self.device.steps(),
+            self.channel,
             self.groups,
             max_num_seqs=self.max_num_seqs,
             max_tokens=self.max_tokens + self.max_num_seqs,
             max_samples=self.max_num_seqs,
         )
-        return UploadedForward(setup, states)
 
 
-def check_place(target: LoadedModel, device: Device, world_size: int) -> None:
-    """Checks that a second model can run beside another.
+def check_place(target: LoadedModel, device: Device, world_size: int, *, is_head: bool) -> None:
+    """Checks that a second model, or a head, can run beside another.
 
     Raises:
         ModelError: It cannot.
@@ -113,9 +133,10 @@ def check_place(target: LoadedModel, device: Device, world_size: int) -> None:
             f"{FLAG}: draft models run with one rank; omit --tensor-parallel-size and --pipeline-parallel-size, or the "
             "draft model"
         )
-    steps = device.steps()
-    if steps.graphs is not None or steps.fileno() is not None:
-        raise ModelError(f"{FLAG}: draft models run on CPUs alone so far; use the method suffix on {device.name}")
+    if is_head and device.steps().fileno() is not None:
+        raise ModelError(
+            f"{FLAG}: draft heads run on CPUs alone so far; use a draft model or the method suffix on {device.name}"
+        )
     if target.tower is not None and target.tower.merge_size:
         raise ModelError(
             f"{FLAG}: draft models do not know positions on several axes, as {target.hf_config.source} has for images; "

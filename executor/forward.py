@@ -113,6 +113,11 @@ class UploadedForward:
     def memory(cls, setup: ForwardSetup) -> tuple[int, int]:
         return 0, RequestStates.position_bytes(setup.max_num_seqs, setup.block_sizes)
 
+    @classmethod
+    def step_bytes(cls, setup: ForwardSetup) -> int:
+        """Memory of the largest step besides the program's."""
+        return 0
+
     def apply(self, plan: SchedulerOutput) -> None:
         pass  # the host's tables have them
 

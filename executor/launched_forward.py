@@ -1,6 +1,7 @@
 """Forward passes on a GPU whose launches are made for each step.
 
-For attention of libraries: what the host must tell them of a step is no input of a graph.
+For attention of libraries: what the host must tell them of a step is no input of a graph. And for draft models, whose
+steps are of any size.
 """
 
 from __future__ import annotations
@@ -63,6 +64,10 @@ class LaunchedForward(UploadedForward):
     @classmethod
     def memory(cls, setup: ForwardSetup) -> tuple[int, int]:
         fixed, per_position = super().memory(setup)
-        fixed += rehearse(setup, setup.max_tokens, setup.max_num_seqs, setup.max_samples) + take_rehearsed()
+        fixed += cls.step_bytes(setup)
         assert setup.channel.graphs is not None
         return fixed + setup.channel.graphs.reserve_bytes, per_position
+
+    @classmethod
+    def step_bytes(cls, setup: ForwardSetup) -> int:
+        return rehearse(setup, setup.max_tokens, setup.max_num_seqs, setup.max_samples) + take_rehearsed()

@@ -214,8 +214,8 @@ class Worker:
         config = self.config
         if config.speculative is None or not config.speculative.has_model:
             return None
-        check_place(target, device, config.parallel.world_size)
         method, backend = config.speculative.method, config.device.attention_backend
+        check_place(target, device, config.parallel.world_size, is_head=method != "draft_model")
         model = config.speculative.draft or config.model
         if method == "draft_model":
             loaded = load_model(model, self.parallel, device.torch_device, backend, self._progress)

@@ -110,7 +110,8 @@ def _mark(each: Launch) -> tuple[Any, ...]:
 class FakeCudaSteps(LateSteps):
     """See ``executor.device.steps.StepChannel``."""
 
-    def __init__(self, *, by_itself: bool, with_graphs: bool) -> None:
+    def __init__(self, *, by_itself: bool, with_graphs: bool, queue: list[Callable[[], object]]) -> None:
+        """``queue``: the device's work, of all channels."""
         super().__init__(by_itself=by_itself)
         self.is_lazy = not by_itself
         """Whether work waits until results are asked for. Otherwise only results are late."""
@@ -121,7 +122,7 @@ class FakeCudaSteps(LateSteps):
         self.graphs: Graphs | None = self.fake_graphs if with_graphs else None
         self.arenas: list[Tensor] = []
         """Memory that holds nothing from one step to the next."""
-        self._queue: list[Callable[[], object]] = []
+        self._queue = queue
         self._random = random.Random(0)
         self._has_begun = False
 
@@ -134,8 +135,9 @@ class FakeCudaSteps(LateSteps):
 
     def flush(self) -> None:
         """Does all work so far."""
-        queue, self._queue = self._queue, []
-        for work in queue:
+        works = self._queue[:]
+        self._queue.clear()
+        for work in works:
             work()
 
     def begin(self) -> None:
@@ -300,8 +302,11 @@ class FakeCuda(LateDevice):
         self.kernels = kernels
         self.with_graphs = with_graphs
         self._opened = ExitStack()
+        self._queue: list[Callable[[], object]] = []
+        self._has_channel = False
 
     def initialize(self, config: DeviceConfig, rank: int) -> None:
+        self._has_channel = False
         torch.set_num_threads(config.num_threads or 1)
         ops.use(self.torch_device.type, ReferenceKernels() if self.kernels == "reference" else self.kernels)
         self._opened.enter_context(launch.redirected(self._launch))
@@ -314,8 +319,12 @@ class FakeCuda(LateDevice):
         LateTensor.watcher = None
 
     def steps(self) -> FakeCudaSteps:
-        self.channel: FakeCudaSteps = FakeCudaSteps(by_itself=self.by_itself, with_graphs=self.with_graphs)
-        return self.channel
+        """A channel; ``channel`` is the first one, that of the model and not of the one that drafts for it."""
+        channel = FakeCudaSteps(by_itself=self.by_itself, with_graphs=self.with_graphs, queue=self._queue)
+        if not self._has_channel:
+            self.channel: FakeCudaSteps = channel
+            self._has_channel = True
+        return channel
 
     def _scratch(self, purpose: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """As ``launch.Scratch.get``: memory of the device, so launches between its pieces alone wait in the queue."""

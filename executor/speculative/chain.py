@@ -47,6 +47,7 @@ class ChainProposer(ABC):
         states.token_ids = states.token_ids[:, shift:]
         states.block_tables = states.block_tables[-len(self._model.groups) :]
         states.adapters = np.zeros_like(states.adapters)
+        states.num_known = np.full_like(states.num_known, np.iinfo(np.int32).max)  # drafts as well
         self._forward = self._model.forward(states)
         self._forced = ForcedDrafts(config, max_num_seqs) if config.script else None
         self.costs = StepCosts()
@@ -74,6 +75,11 @@ class ChainProposer(ABC):
             goes_on: bool [n].
             states: The large model's hidden states in these rows; None: the model goes on by itself.
         """
+
+    def _read(self, tokens: Tensor) -> I64:
+        """The values of a tensor; waits for the device."""
+        (values,) = self._model.channel.download([tokens]).collect()
+        return values
 
     def propose(self, slots: I32, limits: I64, states: RequestStates) -> Drafts:
         known = states.num_known[slots]

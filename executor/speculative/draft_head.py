@@ -59,4 +59,4 @@ class DraftHeadProposer(ChainProposer):
         if len(logits):
             last = torch.from_numpy((np.cumsum(counts) - 1)[goes_on])
             self._hidden[torch.from_numpy(slots[goes_on])] = hidden[last]
-            self._next[slots[goes_on]] = self._head.target_ids(torch.argmax(logits, 1)).numpy()
+            self._next[slots[goes_on]] = self._read(self._head.target_ids(torch.argmax(logits, 1)))

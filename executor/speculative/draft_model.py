@@ -44,5 +44,4 @@ class DraftModelProposer(ChainProposer):
         batch = self._forward.prepare(slots, counts.astype(np.int32), goes_on.astype(np.uint8))
         _, logits = self._forward.run(batch)
         self._computed[slots] += counts
-        if len(logits):
-            self._next[slots[goes_on]] = torch.argmax(logits, 1).numpy()
+        self._next[slots[goes_on]] = self._read(torch.argmax(logits, 1))

@@ -15,7 +15,7 @@ import torch
 import ops
 from engine_core.messages import ResolvedParams, ResolvedPoolingParams
 from executor.adapter_files import adapter_hash
-from executor.config import DeviceConfig, LoRAConfig
+from executor.config import DeviceConfig, LoRAConfig, ModelConfig, SpeculativeConfig
 from executor.device.steps import RECENT_TOKENS
 from executor.messages import InitKVCache, LoadAdapter, LoRARequest, NewRequest, SchedulerOutput, WorkerReady
 from tests import tiny
@@ -71,6 +71,26 @@ def test_encoders(family: str, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) 
         np.testing.assert_allclose(
             np.frombuffer(found.data, np.float32), np.frombuffer(expected.data, np.float32), 1e-5, 1e-6
         )
+
+
+def test_a_second_model_drafts(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that drafts for itself is mostly right; the host waits for its drafts."""
+    prompts = [random_tokens(40, 1), random_tokens(9, 2)]
+    model = ModelConfig(model=str(tiny.checkpoint("llama")), dtype="float32")
+    config = SpeculativeConfig(
+        method="draft_model", num_speculative_tokens=3, draft=model, min_token_prob=0.0, is_adaptive=False
+    )
+
+    def run(engine: Engine) -> dict[int, list[int]]:
+        for index, prompt in enumerate(prompts):
+            engine.add(index, prompt, ResolvedParams(temperature=0.0, max_tokens=13))
+        engine.run()
+        return engine.outputs
+
+    expected = run(Engine(ReferenceCpu(), monkeypatch))
+    engine = Engine(fake, monkeypatch, speculative=config)
+    assert run(engine) == expected
+    assert engine.num_accepted > 8
 
 
 def steps_with_adapters(engine: Engine, base: Path) -> list[bytes]:

@@ -16,7 +16,8 @@ from tests.triton_interpreter import count_bytes
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from ops.metadata import AttentionMetadata
-from ops.triton import gather, gemm, kv_cache, logprobs, norm, pointwise, rope
+from ops.packed import ExpertWeights
+from ops.triton import experts, gather, gemm, kv_cache, logprobs, norm, pointwise, rope, sample
 from ops.triton.gemm import Epilogue
 
 BFLOAT16 = torch.bfloat16
@@ -47,6 +48,30 @@ def _rope() -> tuple[Callable[[], object], float]:
     return partial(rope.rotary_embedding, x, positions, table, 64), 2 * x.nbytes + 8 * (64 * 4 + 8)
 
 
+def _sampling(temperature: float, passes: int) -> tuple[Callable[[], object], float]:
+    """Rows without top_p or top_k: the largest logit takes one pass, a random token two more."""
+    rows = len(LOGITS)
+    column = torch.full((rows,), temperature)
+    filters = sample.Filters(column, torch.zeros(rows, dtype=torch.int32), torch.ones(rows), torch.zeros(rows))
+    numbers = sample.Randomness(torch.arange(rows), torch.arange(rows))
+    return partial(sample.sample_rows, LOGITS, filters, numbers), passes * LOGITS.nbytes
+
+
+def _experts() -> tuple[Callable[[], object], float]:
+    """Each weight is read once, as no expert has more than a tile of tokens; what is between products, twice."""
+    tokens, hidden, inner, count, top_k = 6, 256, 128, 3, 2
+    gate_up, down = ([numbers(*shape) for _ in range(count)] for shape in ((2 * inner, hidden), (hidden, inner)))
+    weights = ExpertWeights(tuple(gate_up), tuple(down), None, None, "silu", top_k)
+    x, routed = numbers(tokens, hidden), torch.full((tokens, count), 0.5)
+    for token in range(tokens):
+        routed[token, token % count] = 0
+    rows = tokens * top_k
+    moved = sum(each.nbytes for each in (*gate_up, *down))
+    moved += rows * hidden * 2 * 2 + rows * inner * 2 * (1 + hidden // 64)  # by each tile of columns
+    moved += 2 * rows * hidden * 4 + x.nbytes
+    return partial(experts.experts, x, routed, weights), moved
+
+
 def _simple(function: Callable[..., Any], *args: Any, moved: float) -> tuple[Callable[[], object], float]:
     return partial(function, *args), moved
 
@@ -63,6 +88,9 @@ KERNELS: dict[str, tuple[Callable[[], object], float]] = {
     "layer norm": _simple(norm.layer_norm, X, X[0], X[1], 1e-5, moved=2 * X.nbytes + 2 * 8 * 2048),
     "rotation": _rope(),
     "cache in int8": _cache(),
+    "largest logits": _sampling(0.0, 1),
+    "random tokens": _sampling(1.0, 3),
+    "experts": _experts(),
     "sums of weights": _simple(logprobs.weight_sum, LOGITS, moved=2 * LOGITS.nbytes),
 }
 
