@@ -355,8 +355,9 @@ def _run_replicas(config: ServerConfig) -> int:
     import setproctitle
 
     from api.engine.socket_dir import SocketDir
-    from engine_core.launch import ModelError, run_replicas
+    from engine_core.launch import ModelError
     from engine_core.messages import EXIT_MODEL
+    from engine_core.replica_duties import run_replicas
 
     first, count = config.data_parallel_start_rank or 0, config.num_local_replicas
     setproctitle.setproctitle(f"octavo engines {first}-{first + count - 1}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -30,9 +29,6 @@ from executor.process import (
     read_payload,
 )
 from executor.supported import can_generate, check_gguf_architecture, check_load_format, check_supported
-
-if TYPE_CHECKING:
-    from engine_core.replicas import Replicas
 
 RUST_STACK_BYTES = 16 << 20
 """Stack of threads that compute grammar masks: as large as that of the threads that compile grammars."""
@@ -99,20 +95,6 @@ def run_agent(config: ExecutorConfig, ipc_dir: str, log_level: str) -> int:
     return run(config, ipc_dir, log_level)
 
 
-def run_replicas(config: EngineConfig, first: int, count: int, size: int, ipc_dir: str, log_level: str) -> int:
-    """See ``replica_duties.py``."""
-    from engine_core.replica_duties import run_replicas as run  # others need no sockets
-
-    return run(config, first, count, size, ipc_dir, log_level)
-
-
-def open_replicas(config: EngineConfig, first: int, size: int) -> Replicas:
-    """See ``replicas.py``."""
-    from engine_core.replicas import Replicas
-
-    return Replicas(config, first, size)
-
-
 def _environment(config: EngineConfig) -> dict[str, str]:
     """What an engine core's environment has besides. Its workers inherit it."""
     shares_cores = config.num_replicas > 1 or config.executor.parallel.world_size > 1
@@ -162,13 +144,11 @@ __all__ = [
     "launch_engine_core",
     "thread_places",
     "numa_nodes",
-    "open_replicas",
     "discard_prepared",
     "prepare_agent",
     "prepare_engine_core",
     "read_flight_record",
     "run_agent",
-    "run_replicas",
     "open_regular",
     "printable",
     "read_document",

@@ -19,10 +19,9 @@ from zmq.utils.monitor import parse_monitor_message
 from engine_core.config import EngineConfig
 from engine_core.last_work import SIZE
 from engine_core.launch import EngineCoreLaunch, engine_identity, launch_engine_core
-from executor.identity import code_digest, model_digest
 from executor.liveness import sample_process
 from executor.log import get_logger, setup_logging
-from executor.nodes.agent import NodeAgent
+from executor.nodes.agent import NodeAgent, digests
 from executor.nodes.key_files import read_key_file
 from executor.nodes.messages import (
     EngineEnded,
@@ -234,5 +233,6 @@ def run_replicas(config: EngineConfig, first: int, count: int, size: int, ipc_di
     setup_logging(f"engines {first}-{first + count - 1}", log_level)
     parallel = replace(config.executor.parallel, nnodes=size, node_rank=first)
     secret = read_key_file(parallel.cluster_key)
-    digests = code_digest().hex(), model_digest(config.executor.model)
-    return NodeAgent(parallel, digests, secret, ReplicaDuties(config, first, count, size, ipc_dir)).run()
+    return NodeAgent(
+        parallel, digests(config.executor.model), secret, ReplicaDuties(config, first, count, size, ipc_dir)
+    ).run()

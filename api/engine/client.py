@@ -135,15 +135,7 @@ class EngineClient:
         own = QueueBound(config.scheduler, enabled=bounds_queue, on_refused=metrics.on_refused)
         self._queue, events, self._culprits = place.shares(own)
         self._processor = OutputProcessor(metrics, events)
-        self._supervisor: Supervisor | RemoteSupervisor
-        self._socket: CoreSocket | RemoteSocket
-        if place.remote is None:
-            self._supervisor = Supervisor(config, self._on_exit, log_level, place.local_rank)
-            self._socket = CoreSocket(self._handle)
-        else:
-            self._supervisor = RemoteSupervisor(place.remote, place.rank, log_level)
-            self._socket = RemoteSocket(place.remote, place.rank, self._handle)
-            place.remote.add(place.rank, self._socket.deliver, self._on_remote_exit)
+        self._supervisor, self._socket = self._connection(place, log_level)
         self._serving = self._has_workers = self._closing = self._was_idle = False
         self._next_index = place.rank << INDEX_BITS
         self._calls, self.sleeper = Calls(), Sleeper(self.call, self._on_sleep)
@@ -157,6 +149,18 @@ class EngineClient:
         self._outbox = Outbox(self._send_again)
         self._vocabulary = VocabularyFrame(self._on_vocabulary)
         self._prepares_grammars = prepares_grammars
+
+    def _connection(
+        self, place: Place, log_level: str
+    ) -> tuple[Supervisor | RemoteSupervisor, CoreSocket | RemoteSocket]:
+        """What starts the engine core, and what talks to it."""
+        remote = place.remote
+        if remote is None:
+            supervisor = Supervisor(self._config, self._on_exit, log_level, place.local_rank)
+            return supervisor, CoreSocket(self._handle)
+        socket = RemoteSocket(remote, place.rank, self._handle)
+        remote.add(place.rank, socket.deliver, self._on_remote_exit)
+        return RemoteSupervisor(remote, place.rank, log_level), socket
 
     # -- life ----------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from msgspec.structs import replace
@@ -14,11 +14,9 @@ from msgspec.structs import replace
 from api.engine.core_socket import BYTES_PER_ROW, ROWS_PER_TURN
 from api.errors import EngineDeadError
 from engine_core.config import EngineConfig
-from engine_core.launch import LastWork, ModelError, ProcessWatch, get_logger, open_replicas
+from engine_core.launch import LastWork, ModelError, ProcessWatch, get_logger
 from engine_core.messages import EXIT_MODEL, EngineCoreOutputs, FromEngineCore
-
-if TYPE_CHECKING:
-    from engine_core.replicas import Replicas
+from engine_core.replicas import Replicas
 
 logger = get_logger()
 
@@ -53,7 +51,7 @@ class RemoteReplicas:
         """
         self._loop = asyncio.get_running_loop()
         try:
-            self._replicas = open_replicas(self._config, self._first, self._size)
+            self._replicas = Replicas(self._config, self._first, self._size)
         except ModelError as error:
             raise EngineDeadError(str(error), EXIT_MODEL) from None
         for rank, (on_frame, on_exit) in self._engines.items():

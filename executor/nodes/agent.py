@@ -20,7 +20,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from executor.base import ModelError
-from executor.config import ExecutorConfig, ParallelConfig
+from executor.config import ExecutorConfig, ModelConfig, ParallelConfig
 from executor.identity import code_digest, model_digest
 from executor.liveness import MAX_TICK
 from executor.log import get_logger, printable, setup_logging
@@ -285,6 +285,11 @@ class NodeAgent:
         self._obstacle = printable(message.reason)
 
 
+def digests(model: ModelConfig) -> tuple[str, str]:
+    """Of the program and of a model's files: what machines must have in common."""
+    return code_digest().hex(), model_digest(model)
+
+
 def run_agent(config: ExecutorConfig, ipc_dir: str, log_level: str = "info") -> int:
     """Runs the agent of this machine, which starts workers. Returns the exit code.
 
@@ -298,5 +303,5 @@ def run_agent(config: ExecutorConfig, ipc_dir: str, log_level: str = "info") -> 
     """
     setup_logging(f"machine {config.parallel.node_rank}", log_level)
     secret = read_key_file(config.parallel.cluster_key)
-    digests = code_digest().hex(), model_digest(config.model)
-    return NodeAgent(config.parallel, digests, secret, WorkerDuties(config, secret, ipc_dir, log_level)).run()
+    duties = WorkerDuties(config, secret, ipc_dir, log_level)
+    return NodeAgent(config.parallel, digests(config.model), secret, duties).run()

@@ -20,7 +20,7 @@ FORBIDDEN = {
     "ops": {"api", "engine_core", "executor"},
 }
 CONTRACTS = {
-    "api": {"engine_core": {"messages", "config", "launch", "restart", "hashing"}},
+    "api": {"engine_core": {"messages", "config", "launch", "restart", "hashing", "replicas", "replica_duties"}},
     "engine_core": {
         "executor": {
             "messages",
