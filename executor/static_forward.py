@@ -111,7 +111,7 @@ class _Column:
 
 def _columns(size: Size, setup: ForwardSetup) -> dict[str, _Column]:
     """The columns of a step, in the order of how often they change while the same requests decode."""
-    max_samples, cached = setup.max_samples, [group.is_cached for group in setup.groups]
+    max_samples, cached = _sizes(setup).max_samples, [group.is_cached for group in setup.groups]
     columns = {
         "places": _Column(size.tokens, np.int64, -1),
         "stored": _Column(max_samples, np.int64, -1),
@@ -222,7 +222,10 @@ class _DecodingGroup:
 
 
 def _sizes(setup: ForwardSetup) -> GraphSizes:
-    return GraphSizes(setup.max_num_seqs, setup.max_tokens, setup.max_samples)
+    is_encoder = not setup.block_sizes and len(setup.groups) > 0  # and samples nothing
+    return GraphSizes(
+        setup.max_num_seqs, setup.max_tokens, min(setup.max_samples, SAMPLES[0] if is_encoder else 1 << 30)
+    )
 
 
 def _largest_block(setup: ForwardSetup) -> int:

@@ -5,17 +5,15 @@ uses more of them, or more shared memory, than the target has; if it loads from 
 misses the target's instruction for tiles; if products and sums are fused where the bits of the reference are promised;
 or if tiles that may replace each other add in different orders.
 
-What was found out about a kernel is kept (``--kept``) and looked up until its source or the compiler changes, so a run
-that was interrupted goes on where it ended.
+What was found out about a kernel is kept (``--kept``) and looked up until its operations or the compiler change, so a
+run that was interrupted goes on where it ended.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import hashlib
-import importlib
 import inspect
 import io
 import json
@@ -89,9 +87,8 @@ class Line:
         )
 
 
-def compiled(launch: Any) -> tuple[Any, str]:
-    """A launch's kernel, compiled for the launch's target, and what ptxas said."""
-    import triton
+def source_of(launch: Any) -> tuple[Any, Any]:
+    """A launch's kernel with the types of its arguments, and the target, as Triton's compiler takes them."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -99,7 +96,14 @@ def compiled(launch: Any) -> tuple[Any, str]:
 
     types, constants, attributes = signature(launch)
     source = ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=attributes)
-    goal = GPUTarget(launch.target.backend, launch.target.arch, launch.target.warp_size)
+    return source, GPUTarget(launch.target.backend, launch.target.arch, launch.target.warp_size)
+
+
+def compiled(launch: Any) -> tuple[Any, str]:
+    """A launch's kernel, compiled for the launch's target, and what ptxas said."""
+    import triton
+
+    source, goal = source_of(launch)
     said = io.StringIO()
     triton.knobs.compilation.always_compile = True
     triton.knobs.nvidia.dump_ptxas_log = True
@@ -108,33 +112,29 @@ def compiled(launch: Any) -> tuple[Any, str]:
     return kernel, said.getvalue()
 
 
-@functools.cache
-def sources() -> str:
-    """What decides about all kernels alike. Hashes the source of each, wherever it is in its file."""
-    import triton
+def operations(launch: Any) -> str:
+    """What the compiler makes of a kernel first: its operations, without names and places in the source."""
+    from triton._C.libtriton import ir
+    from triton.compiler.compiler import make_backend
 
-    from ops.triton import catalog
-
-    for name in catalog.MODULES:
-        importlib.import_module(f"ops.triton.{name}")
-    modules = [module for name, module in sys.modules.items() if name.startswith("ops.triton.")]
-    functions = [each for module in modules for each in vars(module).values() if isinstance(each, triton.JITFunction)]
-    lines = [each.starting_line_number for each in functions]
-    for each in functions:
-        each.starting_line_number = 0
-    for each in functions:
-        _ = each.cache_key  # computed once
-    for each, line in zip(functions, lines, strict=True):
-        each.starting_line_number = line
-    own = (compiled, measure, measure_nvidia, measure_amd, fingerprint, _size_of, _short)
-    return f"{triton.__version__} {''.join(inspect.getsource(each) for each in own)}"
+    source, goal = source_of(launch)
+    backend = make_backend(goal)
+    options = backend.parse_options({**launch.options, **source.parse_options()})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions = backend.get_codegen_implementation(options)
+    module = source.make_ir(goal, options, functions, backend.get_module_map(), context)
+    return str(module.str_nodebug())
 
 
 def key_of(launch: Any) -> str:
-    """Identifies a kernel and how it is compiled."""
-    from ops.triton.catalog import signature
+    """Identifies a kernel, how it is compiled, and how the result is read."""
+    import triton
 
-    parts = (sources(), launch.kernel.cache_key, signature(launch), launch.target, sorted(launch.options.items()))
+    own = (compiled, measure, measure_nvidia, measure_amd, fingerprint, _size_of, _short)
+    readers = "".join(inspect.getsource(each) for each in own)
+    parts = (triton.__version__, readers, operations(launch), launch.target, sorted(launch.options.items()))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

@@ -31,6 +31,8 @@ def unsupported(shape: AttentionShape, dtype: torch.dtype) -> str | None:
         return f"heads of {largest} numbers are not supported; at most {MAX_HEAD_DIM}"
     if dtype == torch.float32 and largest > 128 and target().backend == "hip":
         return f"heads of {largest} numbers in float32 are not supported on AMD; use bfloat16"
+    if largest > WIDE_HEAD_DIM and target().backend == "hip":
+        return f"heads of {largest} numbers are not supported on AMD yet"
     if dtype == torch.float32 and largest > WIDE_HEAD_DIM and target().max_shared < FLOAT32_SHARED:
         return f"heads of {largest} numbers in float32 need a GPU with more shared memory; use --dtype bfloat16"
     return None

@@ -373,8 +373,8 @@ def _product(
     segments = gemm.num_segments(weight.shape[0], k)
     is_gated = follower.is_gated
     usual = max(1, rows // count)
-    # Two tiles of sums and the addresses of rows: without wgmma, they are all in registers.
-    is_tight = is_gated and target().backend == "cuda" and not target().has_wgmma
+    # Two tiles of sums, or the addresses of rows: without wgmma, they are all in registers.
+    is_tight = (is_gated or gathers) and target().backend == "cuda" and not target().has_wgmma
     constants: dict[str, Any] = {}
     given = args | {"x_ptr": x, "out_ptr": out, "N": n, "K": k, "segment_size": gemm.segment_size(k, segments)}
     given |= {"x_stride": row_stride(x), "out_stride": row_stride(out)}
@@ -388,12 +388,15 @@ def _product(
         if is_tight:
             config = replace(config, num_warps=8)
         if is_looked_up:
-            config = replace(config, tile=tuple((name, min(size, 64)) for name, size in config.tile))
+            tile = dict(config.tile) | {"TILE_K": 32 if is_tight else 64}
+            config = replace(config, tile=tuple(tile.items()))
         given |= {**layout.arguments(segment.data), "COLUMNS": layout.padded}
         kernel, constants = quantized_expert_gemm_kernel, layout.constants()
     else:
         usual = min(usual, 64) if is_tight else usual
         config = configs.gemm(target(), usual, k, x.dtype, segments, follower.activation, is_gated, True)
+        if is_tight and not is_gated and dict(config.tile)["TILE_M"] == 64:
+            config = replace(config, num_warps=8)
         given |= {"w_ptr": weight, "w_stride": row_stride(weight)}
         kernel, constants = expert_gemm_kernel, {"EVEN_N": n % dict(config.tile)["TILE_N"] == 0}
     tile = dict(config.tile)

@@ -66,6 +66,7 @@ def test_encoders(family: str, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) 
         engine.run()
         vectors.append(engine.vectors)
     assert isinstance(engine.worker.runner.forward, StaticForward)
+    assert fake.channel.calls["graph"] > 0
     assert len(vectors[0]) == len(requests) and vectors[0].keys() == vectors[1].keys()
     for expected, found in zip(vectors[0].values(), vectors[1].values(), strict=True):
         np.testing.assert_allclose(
