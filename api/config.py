@@ -712,6 +712,10 @@ def _check_replica_machines(config: ServerConfig) -> None:
             "engines on other machines have workers in processes; use --distributed-executor-backend mp, or omit "
             "--data-parallel-size-local"
         )
+    if config.engine.executor.lora.enable_lora:
+        raise ConfigError(
+            "--enable-lora: adapters are files of one machine; engines on others cannot load them; omit it"
+        )
     if not config.data_parallel_address or config.data_parallel_address in WILDCARDS:
         raise ConfigError(
             "engines on other machines need --data-parallel-address: the address of the machine that serves the API, "

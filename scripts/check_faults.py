@@ -9,7 +9,7 @@ The engine core, workers and helpers take turns, and so do the signals. The next
 server is ready again, so that some of them hit a restart. What stands after ``--`` goes to the server. With
 ``--machines``, the second of two pipeline stages is on another machine, whose agent and worker are killed, too; an
 agent that was stopped is killed once it counts as lost. With ``--ray``, Ray provides that machine (with the package in
-this interpreter), and its node is killed as well.
+this interpreter), and its node is killed as well. With ``--engines``, each machine has an engine of its own.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from processes import ROOT, Server, descendants, signals_as_exceptions
 TITLES = {"core": r"octavo engine_core", "worker": r"octavo worker \d+", "helper": r"octavo \w+ helper"}
 FAR_TITLES = {"agent": r"octavo machine 1", "remote": r"octavo worker 1"}
 """On the other machine."""
+ENGINE_TITLES = {"agent": r"octavo engines 1-1", "far_core": r"octavo engine_core", "remote": r"octavo worker 0"}
+"""On it if it has an engine of its own."""
 RAY_TITLES = {"actor": r"ray::AgentActor", "node": r"\S*/raylet/raylet "}
 """Of Ray there."""
 LOST = 9.0
@@ -103,13 +105,17 @@ class Kill:
     """Until the process was replaced and the server was ready."""
 
 
+titles = TITLES | FAR_TITLES | RAY_TITLES
+"""Of all processes that may be killed."""
+
+
 def find(servers: Servers, target: str) -> tuple[int, str] | None:
     """Process id and start time of one of the servers' processes."""
     server = servers[0] if target in TITLES else servers[-1]
     for pid, started in sorted(descendants(server.pid)):
         with contextlib.suppress(OSError):
             title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
-            if re.match((TITLES | FAR_TITLES | RAY_TITLES)[target], title):
+            if re.match(titles[target], title):
                 return pid, started
     return None
 
@@ -239,25 +245,33 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=400, help="tokens per stream; longer streams see more kills")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the times of kills")
     parser.add_argument(
-        "--targets", nargs="+", choices=[*TITLES, *FAR_TITLES, *RAY_TITLES], help="default: all that there are"
+        "--targets",
+        nargs="+",
+        choices=[*TITLES, *FAR_TITLES, *RAY_TITLES, *ENGINE_TITLES],
+        help="default: all that there are",
     )
     parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=list(SIGNALS))
     parser.add_argument("--model", default="", help="default: the demo model")
     parser.add_argument("--tiny", action="store_true", help="use a tiny model with random weights")
     parser.add_argument("--machines", action="store_true", help="on two machines; needs root")
+    parser.add_argument("--engines", action="store_true", help="on two machines with an engine each; needs root")
     parser.add_argument("--ray", action="store_true", help="on two machines of a Ray cluster; needs root, and ray")
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser.parse_args(arguments[:split])
     model = tiny_model() if options.tiny else options.model
     far = {**FAR_TITLES, **RAY_TITLES} if options.ray else FAR_TITLES if options.machines else {}
+    if options.engines:
+        far = ENGINE_TITLES
+        titles.update(far)
     options.targets = options.targets or [*TITLES, *far]
     flags = ["--max-num-seqs", str(options.streams)]
     flags += [*(["--model", model, "--kv-cache-memory", "256MiB"] if model else []), *arguments[split + 1 :]]
     with signals_as_exceptions(), contextlib.ExitStack() as stack:
         others = []
-        if options.machines or options.ray:
-            place, other = stack.enter_context(node_of_ray() if options.ray else other_machine(flags))
+        if far:
+            other_one = node_of_ray() if options.ray else other_machine(flags, has_engine=options.engines)
+            place, other = stack.enter_context(other_one)
             flags += place
             others.append(other)
         server = Server([sys.executable, "-m", "api", "--port", "{port}", *flags])

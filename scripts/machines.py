@@ -40,11 +40,12 @@ def namespace() -> Iterator[list[str]]:
 
 
 @contextmanager
-def other_machine(arguments: list[str]) -> Iterator[tuple[list[str], Server]]:
+def other_machine(arguments: list[str], *, has_engine: bool = False) -> Iterator[tuple[list[str], Server]]:
     """Runs an agent in a namespace, again and again until it ends by itself.
 
     Args:
         arguments: Of ``octavo serve`` on both machines.
+        has_engine: The other machine has an engine of its own, instead of the second pipeline stage.
 
     Yields:
         Arguments that machine 0 needs besides, and the processes of the other machine.
@@ -53,13 +54,19 @@ def other_machine(arguments: list[str]) -> Iterator[tuple[list[str], Server]]:
         key = str(Path(folder) / "key")
         program = [sys.executable, "-m", "api"]
         subprocess.run([*program, "cluster-key", key], check=True, stdout=subprocess.DEVNULL)
-        place = ["--nnodes", "2", "-pp", "2", "--cluster-key", key]
-        place += ["--master-addr", HERE, "--master-port", str(free_port())]
+        port = str(free_port())
+        if has_engine:
+            place = ["-dp", "2", "--data-parallel-address", HERE, "--data-parallel-rpc-port", port]
+            own, role = ["--data-parallel-size-local", "1"], ["--headless", "--data-parallel-start-rank", "1"]
+        else:
+            place, own = ["--nnodes", "2", "-pp", "2", "--master-addr", HERE, "--master-port", port], []
+            role = ["--node-rank", "1"]
+        place += ["--cluster-key", key]
         loop = 'until "$@"; do sleep 0.2; done'
-        agent = [*program, "serve", *arguments, *place, "--node-rank", "1"]
+        agent = [*program, "serve", *arguments, *place, *role]
         processes = Server([*prefix, "bash", "-c", loop, "bash", *agent])
         try:
-            yield place, processes
+            yield [*place, *own], processes
         finally:
             processes.stop()
 

@@ -84,7 +84,7 @@ class AgentKeeper:
         given = self._placement.address
         try:
             self._ray.init(given or "auto", log_to_driver=True, logging_level="warning", namespace="octavo")
-        except (ConnectionError, RuntimeError, ValueError, OSError, AssertionError) as error:
+        except (self._ray.exceptions.RayError, RuntimeError, ValueError, OSError, AssertionError) as error:
             where = f"--ray-address {given}" if given else "--distributed-executor-backend ray"
             raise ModelError(
                 f"{where}: cannot join a Ray cluster ({_first_line(error)}); ray start --head begins one here"

@@ -12,7 +12,7 @@ import zmq
 from msgspec.structs import replace
 
 from executor.base import ModelError, WorkerDiedError
-from executor.config import ExecutorConfig
+from executor.config import ExecutorConfig, ModelConfig
 from executor.liveness import sample_process
 from executor.log import get_logger
 from executor.multiproc import LocalWorkers, Network
@@ -137,13 +137,20 @@ class WorkerDuties:
 
 
 def with_files_of(config: ExecutorConfig, own: ExecutorConfig) -> ExecutorConfig:
-    """The leader's configuration, with the files and threads of this machine."""
-    model = replace(
-        config.model,
-        model=own.model.model,
-        weights=own.model.weights,
-        imatrix=own.model.imatrix,
-        vision=own.model.vision,
-    )
+    """The leader's configuration, with the files and threads of this machine.
+
+    Raises:
+        ModelError: A draft model is missing here.
+    """
+    speculative = config.speculative
+    if speculative is not None and speculative.draft is not None:
+        draft = None if own.speculative is None else own.speculative.draft
+        if draft is None:
+            raise ModelError("--speculative-config: the server has a draft model; this machine needs the same option")
+        speculative = replace(speculative, draft=_with_files(speculative.draft, draft))
     device = replace(config.device, num_threads=own.device.num_threads or config.device.num_threads)
-    return replace(config, model=model, device=device)
+    return replace(config, model=_with_files(config.model, own.model), device=device, speculative=speculative)
+
+
+def _with_files(model: ModelConfig, own: ModelConfig) -> ModelConfig:
+    return replace(model, model=own.model, weights=own.weights, imatrix=own.imatrix, vision=own.vision)

@@ -22,6 +22,7 @@ from engine_core.launch import EngineCoreLaunch, engine_identity
 from engine_core.replica_duties import ReplicaDuties
 from engine_core.replicas import WAITS, Engines, Replicas
 from executor.base import ModelError
+from executor.config import ExecutorConfig, ModelConfig, SpeculativeConfig
 from executor.identity import code_digest, model_digest
 from executor.nodes import agent as agents
 from executor.nodes import members
@@ -29,6 +30,7 @@ from executor.nodes.agent import NodeAgent
 from executor.nodes.frames import FRAME_BYTES
 from executor.nodes.key_files import read_key_file
 from executor.nodes.messages import NodeHello
+from executor.nodes.worker_duties import with_files_of
 from tests.null.test_machines import DEADLINE, cluster, key
 
 __all__ = ["key"]
@@ -49,6 +51,7 @@ OTHER = HEAD | {"headless": True, "data_parallel_size_local": 2, "data_parallel_
         (HEAD | {"data_parallel_address": "0.0.0.0"}, "engines on other machines need --data-parallel-address"),
         (HEAD | {"cluster_key": ""}, "engines on other machines need --cluster-key FILE"),
         (HEAD | {"distributed_executor_backend": "inline"}, "engines on other machines have workers in processes"),
+        (HEAD | {"enable_lora": True}, "--enable-lora: adapters are files of one machine"),
         (HEAD | {"data_parallel_start_rank": 1}, "--data-parallel-start-rank 1: needs --headless"),
         (OTHER | {"data_parallel_start_rank": None}, "--headless needs --data-parallel-start-rank"),
         (OTHER | {"data_parallel_start_rank": 3}, "engines are numbered from 0 to 3"),
@@ -233,6 +236,18 @@ def test_engine_cores_start_with_what_is_the_machines_own(machines: Machines) ->
         assert Path(executor.model.model).name == "model1" and executor.device.num_threads == 3
         assert (launch.config.num_replicas, executor.device.first_index, launch.engine_epoch) == (2, index, 1)
         assert executor.parallel.cluster_key == "" and Path(launch.ipc_dir).stat().st_mode & 0o777 == 0o700
+
+
+def test_a_draft_model_is_the_machines_own() -> None:
+    def config(name: str, draft: str | None) -> ExecutorConfig:
+        model = None if draft is None else ModelConfig(model=draft)
+        speculative = SpeculativeConfig(method="draft_model", num_speculative_tokens=2, draft=model)
+        return ExecutorConfig(model=ModelConfig(model=name), speculative=speculative)
+
+    found = with_files_of(config("/theirs", "/theirs/draft"), config("/own", "/own/draft"))
+    assert found == config("/own", "/own/draft")
+    with pytest.raises(ModelError, match="the server has a draft model; this machine needs the same option"):
+        with_files_of(config("/theirs", "/theirs/draft"), config("/own", None))
 
 
 def test_messages_pass_both_ways(machines: Machines) -> None:
