@@ -48,10 +48,21 @@ def _placement(config: ServerConfig, secret: bytes) -> RayPlacement:
     nnodes = executor.parallel.nnodes
     encoded = msgspec.msgpack.encode(replace(config, api_key=[], admin_api_key=[]))  # agents serve no API
     launches = [
-        AgentLaunch(encoded, rank, executor.parallel.master_addr, os.getcwd(), secret) for rank in range(1, nnodes)
+        AgentLaunch(
+            config=encoded,
+            node_rank=rank,
+            master_addr=executor.parallel.master_addr,
+            folder=os.getcwd(),
+            secret=secret,
+        )
+        for rank in range(1, nnodes)
     ]
     return RayPlacement(
-        executor.parallel.ray_address, nnodes, executor.device.num_threads or 1, tuple(launches), config.log_level
+        address=executor.parallel.ray_address,
+        nnodes=nnodes,
+        num_cpus=executor.device.num_threads or 1,
+        agents=tuple(launches),
+        log_level=config.log_level,
     )
 
 

@@ -15,8 +15,8 @@ from executor.helper import Helper, HelperError, HelperLimits, JobError
 from executor.liveness import STOPPED_TIMEOUT, ProcessWatch
 from executor.log import get_logger, printable, setup_logging
 from executor.nodes.key_files import HeldKey, create_key_file
-from executor.nodes.messages import AgentLaunch, RayPlacement
 from executor.nodes.ray_machines import RayMachines
+from executor.nodes.ray_messages import AgentLaunch, RayPlacement
 from executor.parallel import numa_nodes, thread_places
 from executor.process import (
     ChildProcess,

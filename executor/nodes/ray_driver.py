@@ -19,8 +19,8 @@ import msgspec
 
 from executor.base import ModelError
 from executor.log import get_logger, printable, setup_logging
-from executor.nodes.messages import AgentLaunch, RayPlacement, RayReport
 from executor.nodes.ray_agent import AgentActor
+from executor.nodes.ray_messages import AgentLaunch, RayPlacement, RayReport
 from executor.process import become_child, read_descriptors, read_payload
 
 logger = get_logger()
@@ -224,7 +224,7 @@ def main() -> int:
         keeper.connect()
         _warn_of_strangers(placement)
         keeper.place()
-        report = RayReport(keeper.address)
+        report = RayReport(address=keeper.address)
     except ModelError as error:
         report = RayReport(error=str(error))
     finally:

@@ -10,7 +10,7 @@ import msgspec
 
 from executor.base import ModelError
 from executor.log import get_logger
-from executor.nodes.messages import RayPlacement, RayReport
+from executor.nodes.ray_messages import RayPlacement, RayReport
 from executor.process import ChildProcess
 
 logger = get_logger()

@@ -23,8 +23,8 @@ from api.ray_machines import of_machine, with_machines
 from executor.base import ModelError
 from executor.nodes import ray_driver, ray_machines
 from executor.nodes.key_files import HeldKey, read_key_file
-from executor.nodes.messages import AgentLaunch, RayPlacement
 from executor.nodes.ray_driver import AgentKeeper, load_ray
+from executor.nodes.ray_messages import AgentLaunch, RayPlacement
 
 STAND_INS = Path(__file__).resolve().parents[1] / "stand_ins"
 RAY = {"distributed_executor_backend": "ray", "pipeline_parallel_size": 3}
@@ -112,7 +112,8 @@ def agents(monkeypatch: pytest.MonkeyPatch) -> Iterator[Agents]:
     result.endings = dict.fromkeys(range(100), 0)  # threads end
 
 
-PLACEMENT = RayPlacement("", 3, 4, tuple(AgentLaunch(b"", rank, "", "/", b"secret") for rank in (1, 2)))
+AGENTS = tuple(AgentLaunch(config=b"", node_rank=rank, master_addr="", folder="/", secret=b"secret") for rank in (1, 2))
+PLACEMENT = RayPlacement(address="", nnodes=3, num_cpus=4, agents=AGENTS)
 
 
 def until(keeper: AgentKeeper, condition: Callable[[], bool]) -> None:
