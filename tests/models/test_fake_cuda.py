@@ -27,7 +27,8 @@ from tests.ops.cpu import randn
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from executor.static_forward import GraphSizes, StaticForward
+from executor.graph_sizes import GraphSizes
+from executor.static_forward import StaticForward
 from ops.triton import launch
 from tests.fake_cuda import FakeCuda
 
@@ -205,7 +206,7 @@ def test_a_step_is_one_upload_and_one_graph(fake: FakeCuda, monkeypatch: pytest.
 
 def test_more_new_blocks_than_a_step_has_room_for(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [random_tokens(200, index) for index in range(3)]
-    monkeypatch.setattr("executor.static_forward.UPDATES", 0)
+    monkeypatch.setattr("executor.graph_sizes.UPDATES", 0)
 
     def run(engine: Engine) -> dict[int, list[int]]:
         for index, prompt in enumerate(prompts):

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 import ops
+from executor.base import ModelError
 from executor.quantization.base import Options
-from executor.quantization.packed import chosen_activations
+from executor.quantization.codes import Floats
+from executor.quantization.packed import chosen_activations, describe
 from ops import OpSet, QuantizedWeight
 from ops.packed import Encoding
 from ops.reference.quantized import SMALLEST
 from ops.reference.small_floats import FLOAT_FORMATS
+from tests import tiny
+from tests.models.harness import load
 from tests.ops.cpu import randn, using
 from tests.ops.quantized import BLOCK_TYPES, blocks, float_arguments
 from tests.triton_interpreter import Order, count_bytes, grid_order
@@ -169,6 +173,22 @@ def test_activations_in_fp8(size: int | None, is_gated: bool) -> None:
     torch.testing.assert_close(found, expected, equal_nan=True, rtol=2**-6, atol=2**-6)
     assert torch.equal(linear.matmul(x[3:5], packed, epilogue), found[3:5])
     assert torch.equal(linear.matmul(x, packed, epilogue, rows=torch.tensor([7, 4])), found[[7, 4]])
+
+
+def test_activations_in_fp8_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of weights that are quantised while they are loaded, and of a checkpoint."""
+    asked: dict[str, Any] = {"dtype": "bfloat16", "quantized_activations": "fp8"}
+    base = tiny.checkpoint("llama", num_hidden_layers=1)
+    at_load = describe(load(base, quantization="fp8", **asked).model)
+    assert at_load == "fp8_e4m3, int8, with activations in float and fp8_per_token"
+    stored = [
+        Floats(torch.zeros(2, 256, dtype=torch.uint8), torch.ones(2, 256 // size), "fp8_e4m3", size)
+        for size in (128, 64)
+    ]
+    assert [each.has_fp8_products for each in stored] == [True, False]
+    monkeypatch.setattr(ops.op_set("cpu"), "multiplies_fp8", False)
+    with pytest.raises(ModelError, match="--quantized-activations fp8: needs an NVIDIA GPU of compute capability 8.9"):
+        load(base, quantization="fp8", **asked)
 
 
 @pytest.mark.parametrize(("rows", "dtype", "is_gated"), [(3, BF16, False), (18, torch.float32, True)])
