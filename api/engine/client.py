@@ -205,6 +205,7 @@ class EngineClient:
             self.dead = EngineDeadError("the server is shutting down")
         if self._pinger is not None:
             self._pinger.cancel()
+            await asyncio.wait([self._pinger])  # the loop may end as soon as this does
         self._vocabulary.close()
         self._outbox.clear()
         await self._supervisor.stop()

@@ -349,10 +349,12 @@ async def test_a_tokenizer_that_cannot_be_read_ends_the_start(harness: Harness) 
     def fail() -> Tokenizer:
         raise ModelFileError("tokenizer.json", "is damaged")
 
+    others = asyncio.all_tasks()
     client = EngineClient(EngineConfig(), fail, EngineMetrics("model"))
     with pytest.raises(ModelFileError, match="is damaged"):  # although the engine is never ready
         await client.start()
     await client.close()
+    assert asyncio.all_tasks() == others  # the loop may end at once
 
 
 async def test_messages_are_taken_once_in_a_turn_however_many_are_sent(
