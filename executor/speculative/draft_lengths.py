@@ -9,7 +9,7 @@ drafts never change tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from executor.messages import I32, I64
 from executor.request_states import RequestStates
 from executor.speculative.base import Drafts
+from executor.speculative.known_numbers import KnownNumbers
 from executor.speculative.step_costs import StepCosts
 
 MAX_KINDS = 32
@@ -24,6 +25,8 @@ FIRST_LOGITS = tuple(
     level + change for level in (-0.8, 0.0, 0.4, 0.8, 1.1, 1.5, 2.0, 2.5) for change in (0.0, 0.3, -0.6)
 )
 """Logits of the probabilities by kind (see ``lookup.py``) before anything was learned."""
+GUESS_KINDS = [24, 25, 26, *(27,) * 13]
+"""Kinds of tokens that were sampled behind a rejected draft, by their distance from it."""
 KIND_RATE = 0.02
 REQUEST_RATE = 0.3
 MAX_BIAS = 3.0
@@ -32,8 +35,12 @@ PROBE = 32
 MIN_GAIN = 1.03
 """Drafts are verified if they promise this many times the tokens per second: costs are not known better than that."""
 
-Proposal = tuple[int, list[int], list[int]]
-"""Position of the first proposed token, the tokens, and their kinds."""
+EASE_RATE = 0.01
+FIRST_EASE = 0.4
+"""Weight of a draft's ease (``known_numbers.py``) before anything was learned."""
+
+Proposal = tuple[int, list[int], list[int], list[float]]
+"""Position of the first proposed token, the tokens, their kinds and how easily they are accepted."""
 
 
 class DraftLengths:
@@ -67,6 +74,8 @@ class DraftLengths:
         """Steps in a row for which ``affordable`` found no drafts worth their time."""
         self._requests = [0.0] * max_num_seqs
         """Logits by slot, to be added to those of kinds."""
+        self._numbers = KnownNumbers(max_num_seqs)
+        self._ease = FIRST_EASE
         self._proposals: dict[int, Proposal] = {}
         """The last proposals by slot, verified or not, until they are compared with what came."""
 
@@ -74,13 +83,20 @@ class DraftLengths:
         """Forgets what is known of a slot."""
         self._proposals.pop(slot, None)
         self._requests[slot] = 0.0
+        self._numbers.add(slot)
 
-    def _chances(self, slot: int, kinds: Sequence[int]) -> list[float]:
+    def _eases(self, slot: int, tokens: list[int], kinds: list[int], states: RequestStates) -> list[float]:
+        """How easily a slot's drafts are accepted. What was sampled already says nothing new of its number."""
+        if not self._is_adaptive or kinds[0] >= GUESS_KINDS[0]:
+            return [0.0] * len(tokens)
+        return self._numbers.eases(slot, tokens, states)
+
+    def _chances(self, slot: int, kinds: Sequence[int], eases: Sequence[float]) -> list[float]:
         """Probability that each of a slot's drafts and those before it are accepted, up to the least that counts."""
         own, chance = self._requests[slot], 1.0
         chances: list[float] = []
-        for kind in kinds:
-            chance *= _probability(self._kinds[kind] + own)
+        for kind, ease in zip(kinds, eases, strict=True):
+            chance *= _probability(self._kinds[kind] + own + self._ease * ease)
             if chance < self._min_probability:
                 break
             chances.append(chance)
@@ -117,6 +133,46 @@ class DraftLengths:
         self._num_skipped += 1  # now and then, drafts are compared with what comes
         return np.minimum(limits, 2 if self._num_skipped % PROBE == 0 else 0)
 
+    def with_guesses(
+        self,
+        slots: Sequence[int],
+        limits: Sequence[int],
+        drafts: Drafts,
+        guesses: Mapping[int, list[int]],
+        states: RequestStates,
+    ) -> Drafts:
+        """Takes what was sampled behind rejected drafts in place of proposals that promise less.
+
+        It was sampled after other tokens than those that came, but with the random numbers of its positions; so it is
+        what comes wherever the model does not mind the difference. (Jacobi decoding: Santilli et al.,
+        arXiv:2305.10427.)
+
+        Args:
+            slots: The slots that got tokens.
+            limits: Maximum drafts of each.
+            drafts: The proposals of these slots.
+            guesses: Tokens by slot.
+            states: The other tokens.
+        """
+        assert drafts.kinds is not None
+        counts, tokens, kinds = [], [], []
+        begin = 0
+        for slot, limit, count in zip(slots, limits, drafts.counts.tolist(), strict=True):
+            own = drafts.token_ids[begin : begin + count].tolist()
+            own_kinds = drafts.kinds[begin : begin + count].tolist()
+            begin += count
+            guess = guesses.get(slot, ())[:limit]
+            if guess and own[:1] != guess[:1]:
+                guess_kinds = GUESS_KINDS[: len(guess)]
+                eases = self._eases(slot, own, own_kinds, states) if own else []
+                promised = sum(self._chances(slot, guess_kinds, [0.0] * len(guess_kinds)))
+                if promised > sum(self._chances(slot, own_kinds, eases)):
+                    own, own_kinds = guess[: len(guess_kinds)], guess_kinds
+            counts.append(len(own))
+            tokens += own
+            kinds += own_kinds
+        return Drafts(np.array(counts, np.int64), np.array(tokens, np.int32), np.array(kinds, np.int8))
+
     def learn(self, slots: Sequence[int], states: RequestStates) -> None:
         """Compares the last proposals of slots with the tokens that have come since."""
         if not self._proposals or not self._is_adaptive:
@@ -125,12 +181,13 @@ class DraftLengths:
             proposal = self._proposals.pop(slot, None)
             if proposal is None:
                 continue
-            begin, tokens, kinds = proposal
+            begin, tokens, kinds, eases = proposal
             came = states.token_ids[slot, begin : min(begin + len(tokens), int(states.num_known[slot]))].tolist()
             own, errors = self._requests[slot], 0.0
-            for token, kind, draft in zip(came, kinds, tokens, strict=False):
-                error = (token == draft) - _probability(self._kinds[kind] + own)
+            for token, kind, draft, ease in zip(came, kinds, tokens, eases, strict=False):
+                error = (token == draft) - _probability(self._kinds[kind] + own + self._ease * ease)
                 self._kinds[kind] += KIND_RATE * error
+                self._ease += EASE_RATE * error * ease
                 errors += error
                 if token != draft:
                     break
@@ -151,11 +208,12 @@ class DraftLengths:
         chances: list[list[float]] = []
         begin = 0
         for slot, count in zip(slots, counts, strict=True):
-            end = begin + count
+            own, own_kinds, eases = tokens[begin : begin + count], kinds[begin : begin + count], []
+            begin += count
             if count:
-                self._proposals[slot] = int(states.num_known[slot]), tokens[begin:end], kinds[begin:end]
-            chances.append(self._chances(slot, kinds[begin:end]))
-            begin = end
+                eases = self._eases(slot, own, own_kinds, states)
+                self._proposals[slot] = int(states.num_known[slot]), own, own_kinds, eases
+            chances.append(self._chances(slot, own_kinds, eases))
         if not self._is_adaptive:
             return list(map(len, chances))
         least = self._least(chances)

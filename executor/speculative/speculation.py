@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
@@ -84,9 +86,14 @@ def num_verified(rows: SampleRows) -> bytes:
     return (_counts(firsts, len(rows)) - 1).astype(np.uint8).tobytes()
 
 
+Guesses = Mapping[int, list[int]]
+"""By slot: what was sampled behind a rejected draft."""
+NO_GUESSES: Guesses = {}
+
+
 def settle(
     states: RequestStates, rows: SampleRows, epochs: I64, drafts: I64 | None, output: SamplerOutput
-) -> tuple[SamplerOutput, bytes]:
+) -> tuple[SamplerOutput, bytes, Guesses]:
     """Determines the accepted drafts and fills in the tokens.
 
     Args:
@@ -97,13 +104,13 @@ def settle(
         output: The sampler's output.
 
     Returns:
-        The output without the tokens after a rejected draft, and ``ModelRunnerOutput.num_accepted``.
+        The output without the tokens after a rejected draft, ``ModelRunnerOutput.num_accepted``, and those tokens.
     """
     if not len(rows):
-        return output, b""
+        return output, b"", NO_GUESSES
     if drafts is None:
         states.fill(rows.slots, epochs, rows.positions, output.token_ids)
-        return output, b""
+        return output, b"", NO_GUESSES
     assert rows.offsets is not None
     firsts = (rows.offsets == 0).nonzero()[0]
     counts = _counts(firsts, len(rows))
@@ -117,15 +124,19 @@ def settle(
     states.fill(rows.slots[kept], epochs[kept], rows.positions[kept], token_ids)
     states.retract(rows.slots[firsts], epochs[firsts], counts - 1 - accepted)
     verdict = accepted.astype(np.uint8).tobytes()
+    guesses: dict[int, list[int]] = {}
+    rest = (rows.offsets > accepted.repeat(counts)).nonzero()[0]
+    for slot, token in zip(rows.slots[rest].tolist(), output.token_ids[rest].tolist(), strict=True):
+        guesses.setdefault(slot, []).append(token)
     if not output.logprobs and not output.row_errors:
-        return SamplerOutput(token_ids), verdict
+        return SamplerOutput(token_ids), verdict, guesses
     last = dict(zip(numbers.tolist(), accepted.tolist(), strict=True))
     reached = SamplerOutput(
         token_ids=token_ids,
         logprobs=[entry for entry in output.logprobs if entry.position <= last[entry.row]],
         row_errors=[error for error in output.row_errors if error.position == last[error.row]],
     )
-    return reached, verdict
+    return reached, verdict, guesses
 
 
 class Speculation:
@@ -191,13 +202,16 @@ class Speculation:
         if self._proposer is not None:
             self._proposer.follow(computed, states)
 
-    def propose(self, rows: SampleRows, epochs: I64, states: RequestStates) -> Drafts | None:
+    def propose(
+        self, rows: SampleRows, epochs: I64, states: RequestStates, guesses: Guesses = NO_GUESSES
+    ) -> Drafts | None:
         """Proposes drafts for the next step of the requests that got tokens, and writes them to the table.
 
         Args:
             rows: The sampled rows.
             epochs: int64 [samples]: the slots' epochs when the step began.
             states: Has all tokens of these slots.
+            guesses: See ``settle``.
 
         Returns:
             The drafts of each row that samples; None: no drafts at all.
@@ -211,7 +225,7 @@ class Speculation:
             slots = slots[is_current]
         numbers = slots.tolist()
         self._lengths.learn(numbers, states)
-        proposed = self._proposed(slots, states)
+        proposed = self._proposed(slots, states, guesses)
         counts = np.zeros(len(slots), np.int64)
         if len(proposed.token_ids):
             counts[:] = self._lengths.choose(numbers, proposed, states)
@@ -234,7 +248,7 @@ class Speculation:
         states.set_drafts(slots, counts, drafts.token_ids)
         return drafts
 
-    def _proposed(self, slots: I32, states: RequestStates) -> Drafts:
+    def _proposed(self, slots: I32, states: RequestStates, guesses: Guesses) -> Drafts:
         """Proposals for slots whose tokens have just come, of those whose turn it is."""
         assert self._proposer is not None
         idle = self._num_idle[slots]
@@ -246,7 +260,10 @@ class Speculation:
         limits = np.maximum(np.minimum(self._limits[slots], room), 0) * is_due
         if self._costs is not None:
             limits = self._lengths.affordable(slots, limits, self._costs)
-        return self._proposer.propose(slots, limits, states)
+        drafts = self._proposer.propose(slots, limits, states)
+        if not guesses or drafts.kinds is None:
+            return drafts
+        return self._lengths.with_guesses(slots.tolist(), limits.tolist(), drafts, guesses, states)
 
 
 def _spread(counts: I64, is_current: npt.NDArray[np.bool_]) -> I64:
