@@ -207,8 +207,10 @@ class StaticForward:
         new = self._block.device.new_zeros
         num_slots = sizes.max_num_seqs
         int32, int64 = (as_dtype(np.zeros(0, kind)) for kind in (np.int32, np.int64))
-        self._tables = [new(table.shape, dtype=int32) for table in states.block_tables]
-        self._rows = [new(table.shape, dtype=int32) for table in states.block_tables]
+        self._host_tables = states.block_tables[: len(setup.block_sizes)]
+        """Those of the model; others may follow, of a model that drafts for it."""
+        self._tables = [new(table.shape, dtype=int32) for table in self._host_tables]
+        self._rows = [new(table.shape, dtype=int32) for table in self._host_tables]
         self._rows += [new((num_slots, width), dtype=int32) for width in _step_widths(setup)]
         self._recent = new(num_slots * RECENT_TOKENS, dtype=int32)
         self._tokens = new(2 * sizes.max_samples, dtype=int64)
@@ -218,7 +220,7 @@ class StaticForward:
         """Whether the sampler writes them elsewhere."""
         self._stored: I64 = np.zeros(0, np.int64)
         """Where they go in ``_recent``."""
-        self._updates = [_Updates() for _ in states.block_tables]
+        self._updates = [_Updates() for _ in self._host_tables]
         self._num_types = setup.model.num_token_types
         self._adapter_tables = adapter_tables(setup.program.nodes)
         self._highest_ranks = 0
@@ -250,7 +252,7 @@ class StaticForward:
             self._rows_of_last = self._decoding = None
         elif not any(plan.block_updates):
             return
-        for index, (updates, table) in enumerate(zip(self._updates, self._states.block_tables, strict=True)):
+        for index, (updates, table) in enumerate(zip(self._updates, self._host_tables, strict=True)):
             width = table.shape[1]
             for request in plan.new_reqs:
                 blocks = i32(request.block_ids[index])
@@ -303,7 +305,7 @@ class StaticForward:
             columns["token_types"][:num_tokens] = positions >= states.second_segments[token_slots]
         for index, group in enumerate(self._groups):
             if group.is_cached:
-                blocks = states.block_tables[index][token_slots, positions // group.block_size].astype(np.int64)
+                blocks = self._host_tables[index][token_slots, positions // group.block_size].astype(np.int64)
                 self._put_updates(index, frame)
             else:
                 firsts = first_blocks(counts, group.block_size)
@@ -323,7 +325,7 @@ class StaticForward:
         assert frame is not None and frame.batch is not None and len(self._stored) == len(slots)
         step = self._decoding
         if step is None:
-            step = self._decoding = _Decoding(frame, len(slots), self._states.block_tables, self._groups)
+            step = self._decoding = _Decoding(frame, len(slots), self._host_tables, self._groups)
             # The last step may have stored tokens of requests that have left since.
             frame.columns["stored"][len(slots) :] = -1
         step.tokens_at[:] = self._stored

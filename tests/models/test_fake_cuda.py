@@ -76,23 +76,24 @@ def test_encoders(family: str, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_second_model_drafts(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that drafts for itself is mostly right; the host waits for its drafts."""
-    prompts = [random_tokens(40, 1), random_tokens(9, 2)]
-    model = ModelConfig(model=str(tiny.checkpoint("llama")), dtype="float32")
+    """A model that drafts for itself is mostly right; the host waits for its drafts. Beyond its length there are none,
+    so steps go on from the last ones."""
+    prompts = [random_tokens(20, 1), random_tokens(9, 2)]
+    model = ModelConfig(model=str(tiny.checkpoint("llama")), dtype="float32", max_model_len=24)
     config = SpeculativeConfig(
         method="draft_model", num_speculative_tokens=3, draft=model, min_token_prob=0.0, is_adaptive=False
     )
 
     def run(engine: Engine) -> dict[int, list[int]]:
         for index, prompt in enumerate(prompts):
-            engine.add(index, prompt, ResolvedParams(temperature=0.0, max_tokens=13))
+            engine.add(index, prompt, ResolvedParams(temperature=0.0, max_tokens=50))
         engine.run()
         return engine.outputs
 
     expected = run(Engine(ReferenceCpu(), monkeypatch))
     engine = Engine(fake, monkeypatch, speculative=config)
     assert run(engine) == expected
-    assert engine.num_accepted > 8
+    assert engine.num_accepted > 2
 
 
 def steps_with_adapters(engine: Engine, base: Path) -> list[bytes]:
