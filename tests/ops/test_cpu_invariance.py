@@ -11,6 +11,7 @@ from torch import Tensor
 
 import ops
 from ops import AttentionShape
+from ops.cpu import build
 from tests.ops.cpu import DTYPES, NAMES, Requests, randn, threads, use
 
 pytestmark = pytest.mark.parametrize("capability", NAMES)
@@ -38,7 +39,7 @@ def test_rows_of_a_product(capability: str, dtype: torch.dtype, out_features: in
     weight, bias = randn(out_features, in_features, dtype=dtype), randn(out_features, seed=1, dtype=dtype)
     x = randn(70, in_features, seed=2, dtype=dtype)
     emulated = capability == "amx_emulation" and out_features * in_features > 100_000
-    parts = [70, 33] if emulated else [70, 1, 5, 12, 13, 33]
+    parts = [70, 33] if emulated else [70, 1, 3, 5, 7, 12, 13, 34]
     with use(capability):
         layer = ops.pack_linear(weight, paired=out_features % 2 == 0)
         with threads(1):
@@ -51,6 +52,24 @@ def test_rows_of_a_product(capability: str, dtype: torch.dtype, out_features: in
                     assert same_bits(torch.cat([ops.logits(chunk, layer) for chunk in chunks]), logits)
                 wide = torch.cat([x, x], dim=1)[:, in_features:]
                 assert same_bits(ops.linear(wide, layer, bias), expected)
+
+
+@pytest.mark.parametrize("in_features", [45, 320])
+def test_products_are_added_in_order(capability: str, in_features: int) -> None:
+    """Each element of a product of bfloat16 has one sum, over ascending k, unless the CPU adds pairs at once.
+
+    Products of two such numbers are exact in float32, so that multiplying and adding in one step changes no bit.
+    """
+    if not {"avx512_bf16", "amx_bf16"}.isdisjoint(build.ALL[capability].needs):
+        pytest.skip("this CPU's instruction adds pairs")
+    weight, x = (randn(rows, in_features, seed=rows, dtype=torch.bfloat16) for rows in (96, 31))
+    expected = torch.zeros(31, 96)
+    for column, row in zip(x.float().T, weight.float().T, strict=True):
+        expected += column[:, None] * row
+    with use(capability):
+        layer = ops.pack_linear(weight)
+        for part in (*range(1, 9), 12, 31):
+            assert same_bits(torch.cat([ops.logits(rows, layer) for rows in x.split(part)]), expected)
 
 
 CACHES = [

@@ -50,69 +50,130 @@ namespace {
 // From this many rows on, their next block of k is prefetched into the L1 cache, which they may exceed.
 constexpr int kFetchedRows = 5;
 
-// From this many sums of 16 columns on, AVX2 has no registers beside them for pairs of bfloat16 and the numbers made of
-// them; then none for the mask that makes these.
-#if defined(__AVX512F__)
-constexpr int kSumsReadingTwice = 2 * kMostRows + 1;
-constexpr int kSumsWithoutMask = 2 * kMostRows + 1;
-#else
-constexpr int kSumsReadingTwice = 5;
-constexpr int kSumsWithoutMask = 6;
-#endif
-
 // Blocks of k for which 16 columns are added before the other 16 are.
-constexpr int kBlocksPerPass = 2;
+constexpr int kBlocksPerPass = 4;
 
 // Steps of k that are unrolled. With more, GCC moves all of their prefetches to the front.
 constexpr int kUnrolled = 4;
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+// The numbers of pairs of bfloat16, in float32.
+//
+// A pair is read once for each of its numbers: few pairs would stay in registers. Read from one element earlier, the
+// even number is in the upper half of its lane as the odd one is, and more ports mask than shift. Only the upper
+// columns are read so: the element before the lower ones may be in another cache line or page.
+class Pairs {
+public:
+    Pairs() : mask_(_mm256_set1_epi32(static_cast<int>(0xffff0000))) {
+        asm("" : "+x"(mask_));  // or else GCC makes it anew, or keeps it in memory
+    }
+    Vec even(const BFloat16* p) const {
+        return {{part_of_bits(part_shift_left(part_load_bits(p), 16)), masked(p + 15)}};
+    }
+    Vec odd(const BFloat16* p) const { return {{masked(p), masked(p + 16)}}; }
+
+private:
+    Part masked(const BFloat16* p) const { return part_of_bits(_mm256_and_si256(part_load_bits(p), mask_)); }
+
+    __m256i mask_;
+};
+
+// Makes GCC read again what it has read through a pointer.
+template <class T>
+inline void forget(const T*& pointer) {
+    asm("" : "+r"(pointer));
+}
+
+#else
+
+class Pairs {
+public:
+    Vec even(const BFloat16* p) const { return load_even(p); }
+    Vec odd(const BFloat16* p) const { return load_odd(p); }
+};
+
+template <class T>
+inline void forget(const T*&) {}
+
+#endif
+
+// Adds the products of pair number `pair` of each row with 16 columns, or with all 32.
+template <int kNumRows, int kHalves>
+inline void add_pair(Vec (*sums)[kNumRows], const RowPointers<BFloat16, kNumRows>& x, int pair, const BFloat16*& w,
+                     const Pairs& pairs) {
+    constexpr int kHalf = kHalfElements<BFloat16>;
+#if defined(__AVX512BF16__)
+    __m512bh columns[kHalves];
+    for (int h = 0; h < kHalves; ++h) columns[h] = (__m512bh)_mm512_loadu_si512(w + h * kHalf);
+    for (int r = 0; r < kNumRows; ++r) {
+        int32_t numbers;
+        std::memcpy(&numbers, x[r] + 2 * pair, sizeof numbers);
+        const __m512bh row = (__m512bh)_mm512_set1_epi32(numbers);
+        for (int h = 0; h < kHalves; ++h) sums[h][r].v = _mm512_dpbf16_ps(sums[h][r].v, columns[h], row);
+    }
+#else
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        Vec columns[kHalves];
+        for (int h = 0; h < kHalves; ++h) columns[h] = i == 0 ? pairs.even(w + h * kHalf) : pairs.odd(w + h * kHalf);
+#pragma GCC unroll 16
+        for (int r = 0; r < kNumRows; ++r) {
+            const Vec row = splat(x[r][2 * pair + i]);
+            for (int h = 0; h < kHalves; ++h) sums[h][r] = fma(row, columns[h], sums[h][r]);
+        }
+        if (i == 0) forget(w);
+    }
+#endif
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+// Of three rows with all columns. The sums leave four registers: three for the rows, so that none is left for a mask.
+template <>
+inline void add_pair<3, 2>(Vec (*sums)[3], const RowPointers<BFloat16, 3>& x, int pair, const BFloat16*& w,
+                           const Pairs&) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        const Part rows[3] = {part_splat(x[0][2 * pair + i]), part_splat(x[1][2 * pair + i]),
+                              part_splat(x[2][2 * pair + i])};
+#pragma GCC unroll 4
+        for (int p = 0; p < 2 * kParts; ++p) {
+            IntPart bits = part_load_bits(w + p / kParts * kHalfElements<BFloat16> + p % kParts * 2 * kPartLanes);
+            if (i == 1) bits = part_shift_right(bits, 16);
+            const Part columns = part_of_bits(part_shift_left(bits, 16));
+            forget(w);
+#pragma GCC unroll 3
+            for (int r = 0; r < 3; ++r) {
+                Part& sum = sums[p / kParts][r].v[p % kParts];
+                sum = part_fma(rows[r], columns, sum);
+            }
+        }
+    }
+}
+
+#endif
+
 // One block of k for 16 columns, or for all 32: sums[r] += x[r] * w. `x` then points to the next 32 elements.
 //
 // Pairs of bfloat16 take the CPU's own instruction, or else the even element first and then the odd one.
-template <int kNumRows, int kHalves, class L>
-inline void add_block(Vec (*sums)[kNumRows], RowPointers<L, kNumRows>& x, const BFloat16* w, Fetch& fetch) {
-    constexpr int kPairSize = kPair<BFloat16>, kHalf = kHalfElements<BFloat16>;
+template <int kNumRows, int kHalves>
+inline void add_block(Vec (*sums)[kNumRows], RowPointers<BFloat16, kNumRows>& x, const BFloat16* w, Fetch& fetch) {
+    const Pairs pairs;
 #pragma GCC unroll 1
     for (int s = 0; s < kSteps<BFloat16>; s += kUnrolled) {
 #pragma GCC unroll 4
         for (int i = 0; i < kUnrolled; ++i, w += kStepElements) {
             for (int h = 0; h < kHalves; ++h) advance(fetch);
-#if defined(__AVX512BF16__)
-            if constexpr (std::is_same_v<L, BFloat16>) {
-                __m512bh columns[kHalves];
-                for (int h = 0; h < kHalves; ++h) columns[h] = (__m512bh)_mm512_loadu_si512(w + h * kHalf);
-                for (int r = 0; r < kNumRows; ++r) {
-                    int32_t pair;
-                    std::memcpy(&pair, x[r] + i * kPairSize, sizeof pair);
-                    const __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
-                    for (int h = 0; h < kHalves; ++h) sums[h][r].v = _mm512_dpbf16_ps(sums[h][r].v, columns[h], row);
-                }
-                continue;
-            }
-#endif
-            if constexpr (std::is_same_v<L, float>) {
-#pragma GCC unroll 2
-                for (int h = 0; h < kHalves; ++h) {
-                    const Vec even = load_even(w + h * kHalf);
-#pragma GCC unroll 16
-                    for (int r = 0; r < kNumRows; ++r) sums[h][r] = fma(splat(x[r][i * kPairSize]), even, sums[h][r]);
-                    // With many sums, the pairs do not stay in registers: they are read again.
-                    if constexpr (kHalves * kNumRows >= kSumsReadingTwice) asm volatile("" ::: "memory");
-                    const Vec odd = kHalves * kNumRows >= kSumsWithoutMask ? load_odd_by_shifts(w + h * kHalf)
-                                                                           : load_odd(w + h * kHalf);
-#pragma GCC unroll 16
-                    for (int r = 0; r < kNumRows; ++r)
-                        sums[h][r] = fma(splat(x[r][i * kPairSize + 1]), odd, sums[h][r]);
-                }
-            }
+            add_pair<kNumRows, kHalves>(sums, x, i, w, pairs);
         }
-        x.advance(kUnrolled * kPairSize);
+        x.advance(kUnrolled * kPair<BFloat16>);
     }
 }
 
 // The same for other types.
-template <int kNumRows, int kHalves, class L, class T>
-inline void add_block(Vec (*sums)[kNumRows], RowPointers<L, kNumRows>& x, const T* w, Fetch& fetch) {
+template <int kNumRows, int kHalves, class T>
+inline void add_block(Vec (*sums)[kNumRows], RowPointers<T, kNumRows>& x, const T* w, Fetch& fetch) {
     constexpr int kStepBytes = sizeof(T) * kHalves * kLanes;
 #pragma GCC unroll 1
     for (int s = 0; s < kSteps<T>; s += kUnrolled) {
@@ -137,8 +198,8 @@ constexpr bool kReadsInOrder = kIsBFloat16<T> && kNumRows < kFetchedRows;
 
 // Adds the products with block number k of both halves of the columns, or of one. `x` then points to the next block.
 template <class T, int kNumRows, int kHalves, bool kInOrder>
-inline void add_products(Vec (*sums)[kNumRows], RowPointers<LeftOf<T>, kNumRows>& x, int64_t left_block,
-                         const Right<T>& right, int k, int first_half, Fetch& fetch) {
+inline void add_products(Vec (*sums)[kNumRows], RowPointers<T, kNumRows>& x, int64_t left_block, const Right<T>& right,
+                         int k, int first_half, Fetch& fetch) {
     const T* w = (right.list ? right.list[k] : right.data + k * right.block) + first_half * kHalfElements<T>;
     if (right.next) fetch.first = address_of(right.next[k] + first_half * (kBlock * kColumns / 2));
     if constexpr (kNumRows >= kFetchedRows)
@@ -171,7 +232,7 @@ void dot_rows(const Left<T>& left, const Right<T>& right, int blocks, bool first
                 sums[1][r] = load(result + r * kColumns + kLanes);
             }
         }
-        RowPointers<LeftOf<T>, kNumRows> x(left.data, left.row);
+        RowPointers<T, kNumRows> x(left.data, left.row);
         for (int k = 0; k < blocks; ++k)
             add_products<T, kNumRows, 2, kInOrder>(sums, x, left.block, right, k, 0, fetch);
 #pragma GCC unroll 16
@@ -191,7 +252,7 @@ void dot_rows(const Left<T>& left, const Right<T>& right, int blocks, bool first
 #pragma GCC unroll 16
                     for (int r = 0; r < kNumRows; ++r) sums[0][r] = load(half + r * kColumns);
                 }
-                RowPointers<LeftOf<T>, kNumRows> x(left.data + begin * left.block, left.row);
+                RowPointers<T, kNumRows> x(left.data + begin * left.block, left.row);
                 for (int k = begin; k < end; ++k)
                     add_products<T, kNumRows, 1, false>(sums, x, left.block, right, k, h, fetch);
 #pragma GCC unroll 16

@@ -65,15 +65,20 @@ constexpr int kMostRows = 32;  // for any type and CPU
 template <class T>
 struct Left {
     const LeftOf<T>* data;
-    int64_t row;    // from one row to the next
+    int64_t row;    // from one row to the next; kBlock if kCopiesRows<T>
     int64_t block;  // from one block of k to the next
 };
 
-// Pointers to some rows of a left factor that fit into registers: x86 adds once or twice the distance to an address.
+// Whether the rows of a left factor must be copies, since their type is another. Copies lie kBlock elements apart.
+template <class T>
+constexpr bool kCopiesRows = !std::is_same_v<LeftOf<T>, T>;
+
+// Pointers to some rows of a left factor. Few, so that all fit into registers: x86 adds a constant, or once or twice
+// the distance, to an address.
 template <class T, int kNumRows>
 class RowPointers {
 public:
-    RowPointers(const T* first, int64_t distance) : distance_(distance) {
+    RowPointers(const LeftOf<T>* first, int64_t distance) : distance_(distance) {
         for (int i = 0; i < kPointers; ++i, first += kEach * distance) {
             pointers_[i] = first;
 #if defined(__x86_64__)
@@ -81,16 +86,18 @@ public:
 #endif
         }
     }
-    const T* operator[](int row) const { return pointers_[row / kEach] + row % kEach * distance_; }
+    const LeftOf<T>* operator[](int row) const {
+        return pointers_[row / kEach] + row % kEach * (kCopiesRows<T> ? kBlock : distance_);
+    }
     void advance(int64_t elements) {
         for (int i = 0; i < kPointers; ++i) pointers_[i] += elements;
     }
 
 private:
-    static constexpr int kEach = 3;
+    static constexpr int kEach = kCopiesRows<T> ? 6 : 3;
     static constexpr int kPointers = (kNumRows + kEach - 1) / kEach;
 
-    const T* pointers_[kPointers];
+    const LeftOf<T>* pointers_[kPointers];
     int64_t distance_;
 };
 

@@ -96,7 +96,6 @@ inline Vec load_odd(const BFloat16* p) {
     return {
         _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
 }
-inline Vec load_odd_by_shifts(const BFloat16* p) { return load_odd(p); }
 
 #else  // ---------------------------------------------------------------------------------------------------------------
 
@@ -278,13 +277,6 @@ inline Vec load_even(const BFloat16* p) {
 }
 inline Vec load_odd(const BFloat16* p) {
     return each([=](int i) { return part_of_bits(part_and(part_load_bits(p + 2 * i * kPartLanes), 0xffff0000)); });
-}
-
-// The same as `load_odd`, without a register for a mask.
-inline Vec load_odd_by_shifts(const BFloat16* p) {
-    return each([=](int i) {
-        return part_of_bits(part_shift_left(part_shift_right(part_load_bits(p + 2 * i * kPartLanes), 16), 16));
-    });
 }
 
 #endif  // -------------------------------------------------------------------------------------------------------------
