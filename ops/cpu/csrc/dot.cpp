@@ -50,8 +50,9 @@ namespace {
 // From this many rows on, their next block of k is prefetched into the L1 cache, which they may exceed.
 constexpr int kFetchedRows = 5;
 
-// Blocks of k for which 16 columns are added before the other 16 are.
-constexpr int kBlocksPerPass = 4;
+// Blocks of k for which 16 columns are added before the other 16 are: few if they are read in order.
+template <bool kInOrder>
+constexpr int kBlocksPerPass = kInOrder ? 2 : 4;
 
 // Steps of k that are unrolled. With more, GCC moves all of their prefetches to the front.
 constexpr int kUnrolled = 4;
@@ -190,11 +191,11 @@ inline void add_block(Vec (*sums)[kNumRows], RowPointers<T, kNumRows>& x, const 
     }
 }
 
-// Whether the halves of bfloat16, which are contiguous, are read one after the other. With few rows of a long stream,
-// the bandwidth of memory is the limit, and reading in order uses more of it. With many, loads of the rows are the
-// limit, so both halves share them; and listed blocks are no stream.
+// Whether the halves of bfloat16, which are contiguous, are read one after the other, or almost. With few rows of a
+// long stream, the bandwidth of memory is the limit, and reading in order uses more of it. With many, loads of the rows
+// are the limit, so both halves share them if there are registers for that. What caches hold is no stream.
 template <class T, int kNumRows>
-constexpr bool kReadsInOrder = kIsBFloat16<T> && kNumRows < kFetchedRows;
+constexpr bool kReadsInOrder = kIsBFloat16<T> && (kNumRows<kFetchedRows || kNumRows> kRowsOfBothHalves);
 
 // Adds the products with block number k of both halves of the columns, or of one. `x` then points to the next block.
 template <class T, int kNumRows, int kHalves, bool kInOrder>
@@ -241,8 +242,8 @@ void dot_rows(const Left<T>& left, const Right<T>& right, int blocks, bool first
             store(result + r * kColumns + kLanes, sums[1][r]);
         }
     } else {
-        for (int begin = 0; begin < blocks; begin += kBlocksPerPass) {
-            const int end = std::min(begin + kBlocksPerPass, blocks);
+        for (int begin = 0; begin < blocks; begin += kBlocksPerPass<kInOrder>) {
+            const int end = std::min(begin + kBlocksPerPass<kInOrder>, blocks);
             for (int h = 0; h < 2; ++h) {
                 float* const half = result + h * kLanes;
                 Vec sums[1][kNumRows];
@@ -266,11 +267,10 @@ template <class T>
 using DotRows = void (*)(const Left<T>&, const Right<T>&, int, bool, float*);
 
 template <class T, int... kIndices>
-void choose_rows(int rows, const Left<T>& left, const Right<T>& right, int blocks, bool first, float* sums,
-                 std::integer_sequence<int, kIndices...>) {
+DotRows<T> choose_rows(int rows, bool is_stream, std::integer_sequence<int, kIndices...>) {
     static constexpr DotRows<T> kStreams[] = {dot_rows<T, kIndices + 1, kReadsInOrder<T, kIndices + 1>>...};
-    static constexpr DotRows<T> kLists[] = {dot_rows<T, kIndices + 1, false>...};
-    (right.list ? kLists : kStreams)[rows - 1](left, right, blocks, first, sums);
+    static constexpr DotRows<T> kCached[] = {dot_rows<T, kIndices + 1, false>...};
+    return (is_stream ? kStreams : kCached)[rows - 1];
 }
 
 #if defined(OCTAVO_AMX)
@@ -315,7 +315,8 @@ void dot_tiles(int rows, const Left<BFloat16>& left, const Right<BFloat16>& righ
 
 template <class T>
 void add_dot(int rows, const Left<T>& left, const Right<T>& right, int blocks, bool first, float* sums) {
-    choose_rows<T>(rows, left, right, blocks, first, sums, std::make_integer_sequence<int, kRows<T>>());
+    const DotRows<T> add = choose_rows<T>(rows, false, std::make_integer_sequence<int, kRows<T>>());
+    add(left, right, blocks, first, sums);
 }
 
 template <class T>
@@ -326,7 +327,10 @@ void dot(int rows, const Left<T>& left, const Right<T>& right, int blocks, float
         return;
     } else
 #endif
-        add_dot(rows, left, right, blocks, true, sums);
+    {
+        const DotRows<T> add = choose_rows<T>(rows, !right.list, std::make_integer_sequence<int, kRows<T>>());
+        add(left, right, blocks, true, sums);
+    }
 }
 
 template void dot<BFloat16>(int, const Left<BFloat16>&, const Right<BFloat16>&, int, float*);

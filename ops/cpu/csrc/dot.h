@@ -139,7 +139,8 @@ constexpr bool kAddsInParts = kMultipliesFloat<T>;
 constexpr bool kAddsInParts = true;
 #endif
 
-// The same with += if not `first`. T is a type for which kAddsInParts holds.
+// The same with += if not `first`, for a right factor that is in a cache, or prefetched into one, where `dot` reads a
+// long stream from memory. T is a type for which kAddsInParts holds.
 template <class T>
 void add_dot(int rows, const Left<T>& left, const Right<T>& right, int blocks, bool first, float* sums);
 

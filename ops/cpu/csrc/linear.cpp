@@ -116,7 +116,7 @@ void add_products(const Rows<T>& rows, const TileSums* tiles, int num_tiles, Rig
         for (int i = 0; i < num_tiles; ++i) {
             Left<T> left = rows.tile(tiles[i].begin, tiles[i].count);
             left.data += k * left.block;
-            right.fetch = part_of(next, bytes, i, num_tiles);
+            right.fetch = i + 1 < num_tiles ? Fetch{} : Fetch{next, kCacheLineBytes};
             add_dot(tiles[i].count, left, right, blocks, k == 0, tiles[i].sums);
         }
         return;
