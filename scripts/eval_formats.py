@@ -1,13 +1,15 @@
 #!/usr/bin/env python
 """Writes the table of docs/quantization.md: loss, speed and memory of a model in many formats.
 
-    python scripts/eval_formats.py gsm8k_test.jsonl --model SmolLM2=smollm2.gguf --model "Gemma 3"=gemma-Q4_K_M.gguf
-    python scripts/eval_formats.py gsm8k_test.jsonl --embeddings all-MiniLM-L6-v2
+    python scripts/eval_formats.py gsm8k_test.jsonl --model SmolLM2=smollm2.gguf --model "Gemma 3"=gemma-Q4_K_M.gguf \\
+        --embeddings all-MiniLM-L6-v2 --llama-quantize llama.cpp/build/bin/llama-quantize --speeds --write
 
 Of each model, given as a GGUF file, the channels are permuted first (``permute_channels.py``): weights that come from 4
 bits lie on their grid, which a quantiser would find again. All formats are made of that model. ``octavo eval-quant``
 compares them with it, some at a time, each time beside the model itself; what is done is kept in --folder, and not done
 again. ``--llama-quantize`` names llama.cpp's tool, which writes types that ``octavo quantize`` does not (Q4_K_M).
+Losses do not depend on what else the machine does, speeds do: ``--speeds`` measures them one format right after the
+other, when the losses are known.
 
 *Nearest, all in 4 bits* is rounding to the nearest with tables and logits in 4 bits as well (GGUF's Q4_1): what
 ``--quantization int4`` is measured against.
@@ -39,10 +41,19 @@ AT_LOAD = ("int8@float", "int8@int8", "fp8", "int4@float", "int4@int8")
 FILES = ("Q8_0", "Q4_1", "Q4_0")
 OTHER_FILES = ("Q6_K", "Q4_K_M")
 """Those that need llama.cpp's tool."""
+REFERENCE = "bf16"
+INT4 = ("int4@float", "int4@int8")
 NEAREST = "nearest"
 CACHES = ("bf16+int8", "bf16+fp8", "bf16+int4")
+COLUMNS = ("MB", "NLL", "KL", "tokens/s")
+"""The last with ``--speeds``."""
 AT_ONCE = 5
 """Formats beside the reference in one run."""
+SPEED_TOKENS = 128
+"""Of the text, where only speeds are wanted."""
+TARGET = ROOT / "docs" / "quantization.md"
+START = "<!-- scripts/eval_formats.py writes this table -->\n"
+END = "<!-- end of the table -->\n"
 TEXTS = 200
 """Texts of which embeddings are compared."""
 
@@ -82,13 +93,20 @@ class Model:
 
     def results(self, rows: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The results of ``octavo eval-quant`` by row, bf16 first; a row that cannot run has none."""
+        found = self._measured(rows, self.options.max_tokens)
+        speeds = self._measured(rows, SPEED_TOKENS, len(rows)) if self.options.speeds else {}
+        for row in found.keys() & speeds.keys():
+            found[row]["tokens_per_second"] = speeds[row]["tokens_per_second"]
+        return found
+
+    def _measured(self, rows: Sequence[str], max_tokens: int, at_once: int = AT_ONCE) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
-        for first in range(0, len(rows), AT_ONCE):
-            some = rows[first : first + AT_ONCE]
+        for first in range(0, len(rows), at_once):
+            some = rows[first : first + at_once]
             formats = [self.format_of(row) for row in ("bf16", *some)]
-            kept = self.folder / f"{'_'.join(some).replace('/', '-')}.json"
+            kept = self.folder / f"{max_tokens}_{'_'.join(some).replace('/', '-')}.json"
             if not kept.exists():
-                arguments = ["--max-tokens", str(self.options.max_tokens), "--formats", ",".join(formats)]
+                arguments = ["--max-tokens", str(max_tokens), "--formats", ",".join(formats)]
                 octavo("eval-quant", str(self.file), self.options.text, *arguments, "--json", str(kept))
             results = {each["name"]: each for each in json.loads(kept.read_text())["results"]}
             for row, name in zip(("bf16", *some), formats, strict=True):
@@ -97,29 +115,35 @@ class Model:
         return found
 
 
-def cells(result: dict[str, Any] | None) -> str:
+def cells(result: dict[str, Any] | None, row: str, columns: int) -> str:
     """What the table says of a format."""
     if result is None:
-        return "refused | | | "
-    memory, speed = result["weight_bytes"] / 1e6, result["tokens_per_second"]
-    return f"{memory:.0f} | {result['change']:+.2%} | {result['kl']:.4f} | {speed:.0f}"
+        return "refused" + " | " * (columns - 1)
+    loss = ["", ""] if row == REFERENCE else [f"{result['change']:+.2%}", f"{result['kl']:.4f}"]
+    return " | ".join([f"{result['weight_bytes'] / 1e6:.0f}", *loss, f"{result['tokens_per_second']:.0f}"][:columns])
 
 
-def print_table(names: Sequence[str], results: Sequence[dict[str, dict[str, Any]]], rows: Sequence[str]) -> None:
-    """Prints a table in Markdown."""
-    print("| | " + " | ".join(f"{name} | | |" for name in names))
-    print("|---" * (1 + 4 * len(names)) + "|")
-    print("| format | " + " | ".join("MB | NLL | KL | tokens/s" for _ in names) + " |")
-    for row in ("bf16", *rows):
-        print(f"| {row} | " + " | ".join(cells(each.get(row)) for each in results) + " |")
+def table(
+    names: Sequence[str], results: Sequence[dict[str, dict[str, Any]]], rows: Sequence[str], columns: Sequence[str]
+) -> list[str]:
+    """The lines of a table in Markdown, and what follows from it."""
+    count = len(columns)
+    lines = [
+        "| | " + " | ".join(name + " | " * (count - 1) for name in names) + "|",
+        "|---" * (1 + count * len(names)) + "|",
+        "| | " + " | ".join(" | ".join(columns) for _ in names) + " |",
+    ]
+    for row in (REFERENCE, *rows):
+        lines += [f"| `{row}` | " + " | ".join(cells(each.get(row), row, count) for each in results) + " |"]
     for name, each in zip(names, results, strict=True):
         if NEAREST in each:
-            shares = (f"{row} {each[row]['kl'] / each[NEAREST]['kl']:.0%}" for row in AT_LOAD[3:] if row in each)
-            print(f"{name}: of the KL of rounding all to the nearest of 4 bits, there is left: {', '.join(shares)}")
+            shares = [f"`{row}` {each[row]['kl'] / each[NEAREST]['kl']:.0%}" for row in INT4 if row in each]
+            lines += ["", f"{name}, share of the divergence of `{NEAREST}` that is left: {', '.join(shares)}."]
+    return [" ".join(line.split()) for line in lines]
 
 
-def embeddings(model: str, texts: Sequence[str]) -> None:
-    """Prints how far quantised weights turn the vectors of an embedding model."""
+def embeddings(model: str, texts: Sequence[str]) -> str:
+    """How far quantised weights turn the vectors of an embedding model."""
     from api.llm import LLM
 
     def vectors(**values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -130,9 +154,17 @@ def embeddings(model: str, texts: Sequence[str]) -> None:
         return result
 
     exact = vectors(dtype="float32")
+    found = []
     for name in ("int8", "fp8", "int4"):
         cosines = (exact * vectors(quantization=name)).sum(axis=1)
-        print(f"embeddings with {name}: cosine {cosines.mean():.5f}, at least {cosines.min():.5f}")
+        found.append(f"`{name}` {cosines.mean():.4f} ({cosines.min():.4f})")
+    return f"{Path(model).name}, mean (least) cosine between vectors and those of float32: {', '.join(found)}."
+
+
+def with_table(page: str, lines: Sequence[str]) -> str:
+    """The page with other lines between the marks."""
+    before, _, rest = page.partition(START)
+    return before + START + "".join(f"{line}\n" for line in lines) + END + rest.partition(END)[2]
 
 
 def main() -> int:
@@ -145,14 +177,23 @@ def main() -> int:
     add("--rows", nargs="+", help="formats instead of all of the table's")
     add("--max-tokens", type=int, default=8192)
     add("--folder", type=Path, default=Path(tempfile.gettempdir()) / "octavo-formats")
+    add("--speeds", action="store_true", help="measure speeds, on a machine that does nothing else")
+    add("--write", action="store_true", help=f"into {TARGET.relative_to(ROOT)}")
     options = parser.parse_args()
     rows = options.rows or [*AT_LOAD, *FILES, *(OTHER_FILES if options.llama_quantize else ()), NEAREST, *CACHES]
     pairs = [each.partition("=") for each in options.model]
     results = [Model(Path(file), options.folder.absolute(), options).results(rows) for _, _, file in pairs]
-    if results:
-        print_table([name for name, _, _ in pairs], results, rows)
+    columns = COLUMNS if options.speeds else COLUMNS[:-1]
+    lines = table([name for name, _, _ in pairs], results, rows, columns) if results else []
     if options.embeddings:
-        embeddings(options.embeddings, read_texts(options.text)[:TEXTS])
+        kept = options.folder / f"{Path(options.embeddings).name}.txt"
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(embeddings(options.embeddings, read_texts(options.text)[:TEXTS]))
+        lines += ["", kept.read_text()]
+    print("\n".join(lines))
+    if options.write:
+        TARGET.write_text(with_table(TARGET.read_text(), lines))
     return 0
 
 
