@@ -96,9 +96,10 @@ def run_agent(config: ExecutorConfig, ipc_dir: str, log_level: str) -> int:
 
 
 def _environment(config: EngineConfig) -> dict[str, str]:
-    """What an engine core's environment has besides. Its workers inherit it."""
+    """What an engine core's environment has besides. Its workers inherit it, and know what it does to a main thread."""
     shares_cores = config.num_replicas > 1 or config.executor.parallel.world_size > 1
-    if shares_cores or any(name in os.environ for name in _OWN_CORES):
+    has_worker = config.executor.distributed_executor_backend == "mp"
+    if shares_cores or not has_worker or any(name in os.environ for name in _OWN_CORES):
         return _ENVIRONMENT
     return _ENVIRONMENT | thread_places()
 

@@ -19,6 +19,9 @@ from executor.speculative.step_costs import StepCosts
 
 Bools = npt.NDArray[np.bool_]
 
+_NEVER = np.iinfo(np.int64).max // 2
+"""Behind every token."""
+
 
 class ChainProposer(ABC):
     """See ``executor/speculative/base.py``. State by slot: how much the model has computed, and the first draft."""
@@ -42,6 +45,10 @@ class ChainProposer(ABC):
         """The first draft of each slot."""
         self._next_at = np.full(max_num_seqs, -1, np.int64)
         """Position of that draft; -1: there is none."""
+        self._drafted = np.zeros((max_num_seqs, config.num_speculative_tokens), np.int32)
+        """The last drafts of each slot, verified or not."""
+        self._drafted_at = np.full(max_num_seqs, _NEVER, np.int64)
+        """Position of the first of them."""
         states = copy.copy(context.states)  # the same arrays, but for what is computed, and where it is
         states.num_computed = self._computed
         states.token_ids = states.token_ids[:, shift:]
@@ -55,6 +62,7 @@ class ChainProposer(ABC):
     def add(self, request: NewRequest) -> None:
         self._computed[request.slot] = request.num_computed_tokens
         self._next_at[request.slot] = -1
+        self._drafted_at[request.slot] = _NEVER
         if self._forced is not None:
             self._forced.add(request)
 
@@ -75,6 +83,17 @@ class ChainProposer(ABC):
             goes_on: bool [n].
             states: The large model's hidden states in these rows; None: the model goes on by itself.
         """
+
+    def _num_right(self, slots: I32, states: RequestStates) -> I64:
+        """Tokens of slots, all in all, as far as their last drafts are what came: int64 [n].
+
+        Other drafts may have taken their places, and have been accepted.
+        """
+        begins = self._drafted_at[slots]
+        places = np.minimum(begins[:, None] + np.arange(self._drafted.shape[1]), states.token_ids.shape[1] - 1)
+        is_same = states.token_ids[slots[:, None], places] == self._drafted[slots]
+        self._drafted_at[slots] = _NEVER
+        return begins + np.where(is_same.all(1), is_same.shape[1], is_same.argmin(1))
 
     def _read(self, tokens: Tensor) -> I64:
         """The values of a tensor; waits for the device."""
@@ -99,5 +118,6 @@ class ChainProposer(ABC):
                 found = self._forced.replace(own, known[rows] + index, states.num_prompt[own], found)
             tokens[rows, index] = states.token_ids[own, known[rows] + index] = found
         taken = np.arange(most) < limits[:, None]
+        self._drafted[slots, :most], self._drafted_at[slots] = tokens, known
         kinds = np.broadcast_to(np.arange(most, dtype=np.int8), taken.shape)
         return Drafts(limits, tokens[taken], kinds[taken])

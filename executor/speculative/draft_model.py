@@ -28,8 +28,9 @@ class DraftModelProposer(ChainProposer):
     def follow(self, computed: ComputedRows, states: RequestStates) -> None:
         slots = computed.slots
         known, reached = states.num_known[slots], states.num_computed[slots]
-        # Drafts that were rejected are computed once more, with the tokens in their places.
-        self._computed[slots] = np.minimum(self._computed[slots], known - 1)
+        # Drafts that were rejected, or replaced, are computed once more, with the tokens in their places.
+        right = np.minimum(self._num_right(slots, states), known - 1)
+        self._computed[slots] = np.minimum(self._computed[slots], right)
         ends = np.minimum(np.where(reached >= known - 1, known, reached), self._max_len)
         counts = ends - self._computed[slots]
         self._next_at[slots] = -1

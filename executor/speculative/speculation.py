@@ -12,7 +12,7 @@ from executor.messages import I32, I64, ForcedDrafts, NewRequest, SchedulerOutpu
 from executor.request_states import RequestStates
 from executor.sampling.base import SamplerOutput, SampleRows
 from executor.speculative.base import ComputedRows, Drafts, ProposerContext
-from executor.speculative.draft_lengths import FIRST_LOGITS, MAX_KINDS, DraftLengths
+from executor.speculative.draft_lengths import FIRST_LOGITS, GUESS_KINDS, DraftLengths
 from executor.speculative.registry import create_proposer
 
 U8 = npt.NDArray[np.uint8]
@@ -158,7 +158,7 @@ class Speculation:
             self.max_drafts,
             0.0 if config is None else config.min_token_prob,
             is_adaptive=config is not None and config.is_adaptive,
-            first_logits=FIRST_LOGITS if self._costs is None else (FIRST_LOGIT,) * MAX_KINDS,
+            first_logits=FIRST_LOGITS if self._costs is None else (FIRST_LOGIT,) * GUESS_KINDS[0],
         )
         self._always_waits = config is not None and not config.is_adaptive
         """Ranks must not differ in which results they know when a step begins."""

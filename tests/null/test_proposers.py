@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from executor.config import SpeculativeConfig
 from executor.messages import I32, NewRequest, ResolvedParams, SchedulerOutput
 from executor.request_states import RequestStates
-from executor.speculative.base import Drafts
+from executor.speculative.base import ComputedRows, Drafts, ProposerContext
 from executor.speculative.draft_lengths import GUESS_KINDS, DraftLengths
+from executor.speculative.draft_model import DraftModelProposer
 from executor.speculative.known_numbers import KnownNumbers
 from executor.speculative.lookup import NO_TOKEN, NUM_KINDS, continuation, find
 from executor.speculative.pool import MAX_OUTPUT, MAX_POOLS, POOL_TOKENS, Pool, Pools
@@ -325,3 +328,57 @@ def test_what_was_sampled_behind_a_rejected_draft_is_a_draft_if_it_promises_more
     drafts = Drafts(np.array([2]), i32([5, 6]), np.zeros(2, np.int8))
     mixed = lengths.with_guesses([0], [3], drafts, {0: [8]}, states)
     assert mixed.token_ids.tolist() == [5, 6], "such drafts were never accepted"
+
+
+class DraftForward:
+    """Computes the next rows of slots, of which it notes the tokens. The next token is always 5."""
+
+    def __init__(self, states: RequestStates) -> None:
+        self._states = states
+        self.computed: dict[tuple[int, int], int] = {}
+        """Tokens of which it has K and V, by slot and position."""
+
+    def prepare(self, slots: I32, counts: I32, num_sampled: Any) -> int:
+        for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
+            begin = int(self._states.num_computed[slot])
+            for position in range(begin, begin + count):
+                self.computed[slot, position] = int(self._states.token_ids[slot, position])
+        return int(num_sampled.sum())
+
+    def run(self, num_samples: int) -> tuple[None, torch.Tensor]:
+        return None, torch.eye(10)[[5] * num_samples]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_draft_model_computes_what_came_in_place_of_its_drafts(count: int) -> None:
+    """Others may be verified in their place: what was sampled behind a rejected draft, or what a grammar asks for."""
+    states, forwards = table(a=[1, 2, 3], b=[4, 5]), list[DraftForward]()
+    model = SimpleNamespace(
+        loaded=SimpleNamespace(max_model_len=100),
+        groups=[],
+        forward=lambda own: forwards.append(DraftForward(own)) or forwards[0],
+        channel=SimpleNamespace(download=lambda found: SimpleNamespace(collect=lambda: [found[0].numpy()])),
+    )
+    config = SpeculativeConfig(method="draft_model", num_speculative_tokens=4)
+    context: Any = ProposerContext(states=states, draft=model)  # type: ignore[arg-type]
+    proposer = DraftModelProposer(config, len(states.num_known), context)
+    slots = i32([0, 1])
+
+    def check() -> None:
+        rows = ComputedRows(slots, i32([0, 0]), np.zeros(2, np.int64), ())
+        states.num_tokens[slots] = states.num_known[slots]
+        states.num_computed[slots] = states.num_known[slots] - 1
+        proposer.follow(rows, states)
+        for slot in (0, 1):
+            known = int(states.num_known[slot])
+            own = [forwards[0].computed.get((slot, position)) for position in range(known)]
+            assert own == states.token_ids[slot, :known].tolist()
+
+    check()
+    for tokens in ([7, 8, 9, 6], [5, 5, 7, 1], [5, 5, 5, 5], [7, 5, 5, 5]):
+        assert proposer.propose(slots, np.array([4, 0]), states).token_ids.tolist() == [5, 5, 5, 5]
+        for slot in (0, 1):
+            positions = states.num_known[slot] + np.arange(count)
+            states.fill(np.full(count, slot), states.epochs[[slot] * count], positions, np.array(tokens[:count]))
+        check()
+    check()

@@ -133,7 +133,8 @@ def test_threads_have_cores_of_their_own_unless_ranks_do(monkeypatch: pytest.Mon
     alone = EngineConfig()
     assert launch._environment(alone)["OMP_PLACES"] == "{0},{1}"
     ranks = ExecutorConfig(parallel=ParallelConfig(tensor_parallel_size=2))
-    for shares in (EngineConfig(executor=ranks), EngineConfig(num_replicas=2)):
+    inline = ExecutorConfig(distributed_executor_backend="inline")
+    for shares in (EngineConfig(executor=ranks), EngineConfig(executor=inline), EngineConfig(num_replicas=2)):
         assert launch._environment(shares) == launch._ENVIRONMENT
     monkeypatch.setenv("GOMP_CPU_AFFINITY", "0 1")
     assert launch._environment(alone) == launch._ENVIRONMENT
