@@ -93,7 +93,8 @@ class ChainProposer(ABC):
         places = np.minimum(begins[:, None] + np.arange(self._drafted.shape[1]), states.token_ids.shape[1] - 1)
         is_same = states.token_ids[slots[:, None], places] == self._drafted[slots]
         self._drafted_at[slots] = _NEVER
-        return begins + np.where(is_same.all(1), is_same.shape[1], is_same.argmin(1))
+        ends: I64 = begins + np.where(is_same.all(1), is_same.shape[1], is_same.argmin(1))
+        return ends
 
     def _read(self, tokens: Tensor) -> I64:
         """The values of a tensor; waits for the device."""

@@ -338,6 +338,10 @@ class DraftForward:
         self.computed: dict[tuple[int, int], int] = {}
         """Tokens of which it has K and V, by slot and position."""
 
+    def of(self, states: RequestStates) -> DraftForward:
+        self._states = states
+        return self
+
     def prepare(self, slots: I32, counts: I32, num_sampled: Any) -> int:
         for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
             begin = int(self._states.num_computed[slot])
@@ -352,11 +356,12 @@ class DraftForward:
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_draft_model_computes_what_came_in_place_of_its_drafts(count: int) -> None:
     """Others may be verified in their place: what was sampled behind a rejected draft, or what a grammar asks for."""
-    states, forwards = table(a=[1, 2, 3], b=[4, 5]), list[DraftForward]()
+    states = table(a=[1, 2, 3], b=[4, 5])
+    forward = DraftForward(states)
     model = SimpleNamespace(
         loaded=SimpleNamespace(max_model_len=100),
         groups=[],
-        forward=lambda own: forwards.append(DraftForward(own)) or forwards[0],
+        forward=forward.of,
         channel=SimpleNamespace(download=lambda found: SimpleNamespace(collect=lambda: [found[0].numpy()])),
     )
     config = SpeculativeConfig(method="draft_model", num_speculative_tokens=4)
@@ -371,7 +376,7 @@ def test_a_draft_model_computes_what_came_in_place_of_its_drafts(count: int) -> 
         proposer.follow(rows, states)
         for slot in (0, 1):
             known = int(states.num_known[slot])
-            own = [forwards[0].computed.get((slot, position)) for position in range(known)]
+            own = [forward.computed.get((slot, position)) for position in range(known)]
             assert own == states.token_ids[slot, :known].tolist()
 
     check()
