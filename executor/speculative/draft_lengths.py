@@ -27,6 +27,8 @@ FIRST_LOGITS = tuple(
 """Logits of the probabilities by kind (see ``lookup.py``) before anything was learned."""
 GUESS_KINDS = [24, 25, 26, *(27,) * 13]
 """Kinds of tokens that were sampled behind a rejected draft, by their distance from it."""
+GUESS_LOGIT = -0.8
+"""Logit of theirs before anything was learned: as of drafts after a single token that was found again."""
 KIND_RATE = 0.02
 REQUEST_RATE = 0.3
 MAX_BIAS = 3.0
@@ -69,7 +71,7 @@ class DraftLengths:
         self.costs = StepCosts()
         self._min_probability = min_probability
         self._is_adaptive = is_adaptive
-        self._kinds = [*first_logits, *(0.0,) * (MAX_KINDS - len(first_logits))]
+        self._kinds = [*first_logits, *(GUESS_LOGIT,) * (MAX_KINDS - len(first_logits))]
         self._num_skipped = 0
         """Steps in a row for which ``affordable`` found no drafts worth their time."""
         self._requests = [0.0] * max_num_seqs
