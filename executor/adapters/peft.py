@@ -45,6 +45,8 @@ LEAVES = (
     ("weight", re.compile(rf"^(.*?)(?:\.base_layer|\.modules_to_save{_NAME})?\.weight$")),
 )
 """What the tensors of a module are, by the ends of their names."""
+_ORIGINAL = re.compile(r"\.original_module\.(?:weight|bias)$")
+_WRAPPED = re.compile(rf"\.modules_to_save{_NAME}(?=\.(?:weight|bias)$)")
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,13 @@ def read_modules(files: AdapterFiles) -> dict[str, ModuleTensors]:
         ModelError: The file is corrupt, or a tensor is of an unknown kind, or there twice.
     """
     modules: dict[str, ModuleTensors] = {}
-    for tensor in parse_safetensors(files.path / "adapter_model.safetensors", files.weights):
+    tensors = parse_safetensors(files.path / "adapter_model.safetensors", files.weights)
+    names = {tensor.name for tensor in tensors}
+    for tensor in tensors:
+        # With embedding layers, PEFT saves all that wraps them: the weight once more, and the one that it replaces.
+        plain = _WRAPPED.sub("", tensor.name)
+        if _ORIGINAL.search(tensor.name) or (plain != tensor.name and plain in names):
+            continue
         name = tensor.name.removeprefix(PREFIX)
         for kind, pattern in LEAVES:
             found = pattern.match(name)

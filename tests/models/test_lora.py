@@ -18,8 +18,9 @@ import torch
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 
-from executor.adapter_files import adapter_hash, rescaled
+from executor.adapter_files import adapter_hash, read_adapter_files, rescaled
 from executor.adapters import LoadedAdapters, check_adapters
+from executor.adapters.peft import read_modules
 from executor.base import ModelError
 from executor.config import LoRAConfig
 from executor.layers.moe import SmallLinear
@@ -378,6 +379,25 @@ def test_errors_name_the_cause(make: Callable[[], Path], message: str) -> None:
         adapters.load(1, request(make()))
     prompt = [Chunk(0, random_tokens(9), 1)]
     assert torch.equal(Runner(loaded).step(prompt), Runner(load(tiny.checkpoint("llama"))).step(prompt))
+
+
+def test_layers_that_peft_saves_with_what_wraps_them() -> None:
+    """The weight is there twice then, and beside it the one that it replaces."""
+    folder = write_adapter(tiny.checkpoint("llama"), targets="none", saved=("lm_head", "model.embed_tokens"))
+    path = folder / "adapter_model.safetensors"
+    stored = load_file(path)
+    expected = {name: list(each.stored) for name, each in read_modules(read_adapter_files(folder)).items()}
+    assert list(expected.values()) == [["weight"]] * 2
+    for suffix in (".modules_to_save.weight", ".modules_to_save.default.weight"):
+        wrapped = {name.replace(".weight", suffix): each.clone() for name, each in stored.items()}
+        original = {name.replace(".weight", ".original_module.weight"): 2 * each for name, each in stored.items()}
+        for tensors in (wrapped | original, stored | wrapped | original):
+            save_file(tensors, path)
+            found = read_modules(read_adapter_files(folder))
+            assert {name: list(each.stored) for name, each in found.items()} == expected
+            for module in found.values():
+                (tensor,) = (each for name, each in stored.items() if f"{module.name}.weight" in name)
+                assert torch.equal(module.read("weight", *tensor.shape), tensor)
 
 
 def test_files() -> None:
