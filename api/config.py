@@ -587,6 +587,12 @@ def make_config(values: Mapping[str, Any]) -> tuple[ServerConfig, list[str]]:
     config: ServerConfig = build(ServerConfig, rest)
     config = replace(config, engine=with_rays_machines(config.engine))
     check_config(config)
+    is_alone = config.data_parallel_rank is None and config.num_local_replicas == config.data_parallel_size
+    if config.data_parallel_address and is_alone and not config.headless:
+        notes.append(
+            f"--data-parallel-address {config.data_parallel_address} (all engines are on this machine, unless "
+            "--data-parallel-size-local says how many are)"
+        )
     return with_speculation(config), notes
 
 
@@ -671,6 +677,11 @@ def _check_replicas(config: ServerConfig) -> None:
         raise ConfigError(f"--data-parallel-rank {rank}: must be less than --data-parallel-size, which is {size}")
     if local is not None and local > size:
         raise ConfigError(f"--data-parallel-size-local {local}: must not exceed --data-parallel-size, which is {size}")
+    if local == 0 and (rank is not None or size == 1):
+        raise ConfigError(
+            "--data-parallel-size-local 0: needs --data-parallel-size, whose engines run on other machines, without "
+            "--data-parallel-rank"
+        )
     if rank is not None:
         return
     if config.data_parallel_external_lb:

@@ -70,8 +70,10 @@ class Engines:
         for rank in joined:
             if rank != first and rank <= last and first < rank + self.counts[rank]:
                 return f"--data-parallel-start-rank {first}: another machine has engines from {rank} on"
-        self.counts[first] = hello.num_engines
         return None
+
+    def admitted(self, hello: NodeHello) -> None:
+        self.counts[hello.node_rank] = hello.num_engines
 
     def title(self, hello: NodeHello) -> str:
         first, last = hello.node_rank, hello.node_rank + hello.num_engines - 1
@@ -180,6 +182,12 @@ class Replicas:
             file.write(record)
             file.flush()
             return read_flight_record(file.name)
+
+    @property
+    def has_messages(self) -> bool:
+        """Whether something is there for ``turn`` already: ZeroMQ's descriptors tell of it once, and sending may have
+        consumed that."""
+        return self._members.has_messages
 
     def turn(self) -> None:
         """Handles what has arrived, and machines that have joined or are lost."""

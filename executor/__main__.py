@@ -14,7 +14,8 @@ def main() -> int:
     from executor.worker import run
 
     # With OMP_PROC_BIND, libgomp has put this thread on one core, which all that it starts from now on would inherit.
-    os.sched_setaffinity(0, usable)
+    if os.sched_getaffinity(0) != usable:
+        os.sched_setaffinity(0, usable)
     return run()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from executor.config import ModelConfig
@@ -37,12 +37,21 @@ def model_files(config: ModelConfig) -> Iterator[Path]:
 
 def code_digest() -> bytes:
     """Of the program, as far as it computes K and V."""
+    return _digest_of(_CODE)
+
+
+def _digest_of(folders: Iterable[str]) -> bytes:
     digest = hashlib.sha256()
-    for folder in _CODE:
+    for folder in folders:
         for path in sorted((_ROOT / folder).rglob("*")):
             if path.suffix in _SOURCES:
                 digest.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.digest()
+
+
+def program_digest() -> bytes:
+    """Of the program, as far as machines must have it in common: what they compute, and say to each other."""
+    return _digest_of(("engine_core", *_CODE))
 
 
 def model_digest(config: ModelConfig) -> str:

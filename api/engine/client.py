@@ -610,6 +610,7 @@ class EngineClient:
             self._loop.call_soon(self._on_exit, code)  # there are more messages from it
             return
         if self._closing or (self.dead is not None and self._pool is not None):
+            self._life.watch = None
             return
         was_serving, self._serving = self._serving, False
         watch = self._life.watch

@@ -69,6 +69,8 @@ class RemoteReplicas:
         self._turns_soon = False
         if self._replicas is not None:
             self._replicas.turn()
+            if self._replicas.has_messages:
+                self.turn_soon()
 
     def turn_soon(self) -> None:
         """Looks at what arrived, in the next iteration of the loop: ZeroMQ's descriptors tell of changes alone, and

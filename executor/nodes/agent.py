@@ -21,7 +21,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from executor.base import ModelError
 from executor.config import ExecutorConfig, ModelConfig, ParallelConfig
-from executor.identity import code_digest, model_digest
+from executor.identity import model_digest, program_digest
 from executor.liveness import MAX_TICK
 from executor.log import get_logger, printable, setup_logging
 from executor.nodes.addresses import address_towards, endpoint_of, numeric, use_ipv6
@@ -287,7 +287,7 @@ class NodeAgent:
 
 def digests(model: ModelConfig) -> tuple[str, str]:
     """Of the program and of a model's files: what machines must have in common."""
-    return code_digest().hex(), model_digest(model)
+    return program_digest().hex(), model_digest(model)
 
 
 def run_agent(config: ExecutorConfig, ipc_dir: str, log_level: str = "info") -> int:

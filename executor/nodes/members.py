@@ -17,7 +17,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from executor.base import ModelError, WorkerDiedError
 from executor.config import ExecutorConfig
-from executor.identity import code_digest, model_digest
+from executor.identity import model_digest, program_digest
 from executor.liveness import MAX_TICK
 from executor.log import get_logger, printable
 from executor.nodes.addresses import endpoint_of, numeric, use_ipv6
@@ -80,6 +80,9 @@ class Roster(Protocol):
     def objection(self, hello: NodeHello, joined: Collection[int]) -> str | None:
         """Why a machine cannot join; None: it can."""
 
+    def admitted(self, hello: NodeHello) -> None:
+        """A machine has joined."""
+
     def title(self, hello: NodeHello) -> str:
         """What a machine that joins is, for people."""
 
@@ -106,6 +109,9 @@ class Stages:
         if not 0 < hello.node_rank < self._nnodes:
             return f"--node-rank {hello.node_rank}: must be from 1 to {self._nnodes - 1}"
         return None
+
+    def admitted(self, hello: NodeHello) -> None:
+        pass  # its rank says all
 
     def title(self, hello: NodeHello) -> str:
         return f"machine {hello.node_rank}"
@@ -185,6 +191,11 @@ class Members:
         """Of a machine, for people."""
         return self._by_rank[rank].name if rank in self._by_rank else f"machine {rank}"
 
+    @property
+    def has_messages(self) -> bool:
+        """Whether ``take`` would have some at once."""
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
     def poll_fds(self) -> list[zmq.Socket[bytes] | int]:
         """What becomes readable when ``take`` has something to do: at least once a second."""
         return [self._socket, self._monitor, self._clock]
@@ -259,6 +270,7 @@ class Members:
         title = self._roster.title(hello)
         member = Member(hello.node_rank, identity, hello.address, hello.host, hello.number, title)
         self._by_rank[member.rank] = member
+        self._roster.admitted(hello)
         self._send(identity, NodeWelcome(self.session))
         logger.info("%s has joined", member.name)
 
@@ -268,7 +280,7 @@ class Members:
         if reason is not None:
             return reason
         if self._digests is None:
-            self._digests = code_digest().hex(), model_digest(self._config.model)
+            self._digests = program_digest().hex(), model_digest(self._config.model)
         if hello.code != self._digests[0]:
             return "its version of Octavo is not that of machine 0; install the same on all"
         if hello.model != self._digests[1]:

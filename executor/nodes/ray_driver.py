@@ -218,7 +218,7 @@ def main() -> int:
     (reports,) = read_descriptors()
     setup_logging("ray", placement.log_level)
     os.chdir("/")  # Ray has its workers import from the current folder
-    report = RayReport()
+    report = RayReport(error="Ray's driver has failed; the log above says how")
     try:
         keeper = AgentKeeper(load_ray(), placement)
         keeper.connect()

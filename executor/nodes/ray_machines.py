@@ -48,6 +48,13 @@ class RayMachines:
 
     def _run(self) -> None:
         """Runs drivers, one after another. They live as long as this thread."""
+        try:
+            self._keep_running()
+        except OSError as error:  # no process or descriptor to be had
+            logger.exception("Ray is asked no more")
+            self._first.put(RayReport(error=f"--distributed-executor-backend ray: {error.strerror or error}"))
+
+    def _keep_running(self) -> None:
         while True:
             reader, writer = os.pipe()
             with self._lock:

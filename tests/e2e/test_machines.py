@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -124,15 +125,21 @@ def test_machines_that_ray_provides(
         place = {name: getattr(parallel, name) for name in ("nnodes", "master_addr", "master_port", "cluster_key")}
         with ranks(tiny_model, tmp_path, 1, 2, **place) as two:
             assert two.generate() == one_rank
-            (agent,) = (each for each in processes() if each.cmdline()[0] == "octavo machine 1")
+            (agent,) = processes("octavo machine 1")
             assert two.generate(agent.kill) == one_rank
             assert re.match(r"machine 1 \(.*, 127.0.0.1\) is gone", two.messages(WorkersLost)[0].reason)
-    psutil.wait_procs(processes(), timeout=60)
-    assert not [each for each in processes() if each.cmdline()[0].startswith("octavo")], "agents end with the server"
+    psutil.wait_procs(processes("octavo"), timeout=60)
+    assert not processes("octavo"), "agents end with the server"
 
 
-def processes() -> list[psutil.Process]:
-    return [each for each in psutil.Process().children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
+def processes(title: str) -> list[psutil.Process]:
+    """Processes of this one that run, and whose title begins like that."""
+    result = []
+    for each in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ends meanwhile
+            if (each.cmdline() or [""])[0].startswith(title):
+                result.append(each)
+    return result
 
 
 NAMESPACE, LINK = f"octavo{os.getpid()}", f"o{os.getpid()}"

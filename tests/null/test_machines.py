@@ -23,7 +23,7 @@ from api.machines import first_host, place_from
 from executor import multiproc
 from executor.base import ModelError, WorkerDiedError
 from executor.config import ExecutorConfig, ModelConfig, ParallelConfig
-from executor.identity import code_digest, model_digest
+from executor.identity import model_digest, program_digest
 from executor.messages import EXIT_MODEL, Heartbeat, InitKVCache, WorkerFailed
 from executor.multiproc import LISTENER, LocalWorkers
 from executor.nodes import agent as agents
@@ -169,7 +169,7 @@ def cluster(key: Path, node_rank: int = 0, port: int = 0, **fields: Any) -> Exec
 
 def create_agent(config: ExecutorConfig, folder: Path) -> NodeAgent:
     secret = read_key_file(config.parallel.cluster_key)
-    digests = code_digest().hex(), model_digest(config.model)
+    digests = program_digest().hex(), model_digest(config.model)
     return NodeAgent(config.parallel, digests, secret, WorkerDuties(config, secret, str(folder)))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import re
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,14 +89,16 @@ class Agents:
     """Instead of agents: each ends when it is told to, with an exit code or an error."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._lock = threading.Lock()
         self.launches: list[AgentLaunch] = []
         self.endings: dict[int, int | Exception] = {}
         """By number of the agent, in the order of their starts."""
         monkeypatch.setattr(ray_driver, "AgentActor", lambda: self)
 
     def run(self, message: bytes) -> int:
-        self.launches.append(msgspec.msgpack.decode(message, type=AgentLaunch))
-        number = len(self.launches) - 1
+        with self._lock:
+            number = len(self.launches)
+            self.launches.append(msgspec.msgpack.decode(message, type=AgentLaunch))
         while number not in self.endings:
             os.sched_yield()
         ending = self.endings[number]
@@ -213,13 +217,26 @@ def test_ray_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         load_ray()
 
 
-def test_the_server_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "message"), [("no_ray", "Ray is not installed"), ("broken_ray", "Ray's driver has failed")]
+)
+def test_the_server_says_so(monkeypatch: pytest.MonkeyPatch, module: str, message: str) -> None:
     """The process that asks Ray is a real one, without Ray."""
     config = make_config(RAY)[0]
-    monkeypatch.setattr(ray_machines, "DRIVER_MODULE", "tests.stand_ins.no_ray")
-    with pytest.raises(EngineDeadError, match="Ray is not installed") as caught, with_machines(config):
+    monkeypatch.setattr(ray_machines, "DRIVER_MODULE", f"tests.stand_ins.{module}")
+    with pytest.raises(EngineDeadError, match=message) as caught, with_machines(config):
         raise AssertionError
     assert caught.value.exit_code == 78
+
+
+def test_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(ray_machines, "ChildProcess", fail)
+    message = "^--distributed-executor-backend ray: Resource temporarily unavailable$"
+    with pytest.raises(EngineDeadError, match=message), with_machines(make_config(RAY)[0]):
+        raise AssertionError
 
 
 def test_what_an_agent_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,10 @@ from engine_core.last_work import SIZE
 from engine_core.launch import EngineCoreLaunch, engine_identity
 from engine_core.replica_duties import ReplicaDuties
 from engine_core.replicas import WAITS, Engines, Replicas
+from executor import identity
 from executor.base import ModelError
 from executor.config import ExecutorConfig, ModelConfig, SpeculativeConfig
-from executor.identity import code_digest, model_digest
+from executor.identity import code_digest, model_digest, program_digest
 from executor.nodes import agent as agents
 from executor.nodes import members
 from executor.nodes.agent import NodeAgent
@@ -52,6 +53,8 @@ OTHER = HEAD | {"headless": True, "data_parallel_size_local": 2, "data_parallel_
         (HEAD | {"cluster_key": ""}, "engines on other machines need --cluster-key FILE"),
         (HEAD | {"distributed_executor_backend": "inline"}, "engines on other machines have workers in processes"),
         (HEAD | {"enable_lora": True}, "--enable-lora: adapters are files of one machine"),
+        (HEAD | {"data_parallel_size_local": 0, "data_parallel_rank": 1}, "--data-parallel-size-local 0: needs"),
+        (HEAD | {"data_parallel_size_local": 0, "data_parallel_size": 1}, "--data-parallel-size-local 0: needs"),
         (HEAD | {"data_parallel_start_rank": 1}, "--data-parallel-start-rank 1: needs --headless"),
         (OTHER | {"data_parallel_start_rank": None}, "--headless needs --data-parallel-start-rank"),
         (OTHER | {"data_parallel_start_rank": 3}, "engines are numbered from 0 to 3"),
@@ -86,6 +89,9 @@ def test_how_many_engines_are_here() -> None:
         ({}, 1),
     ):
         assert make_config(fields)[0].num_local_replicas == count, fields
+    assert not make_config(HEAD)[1] and not make_config(OTHER)[1]
+    (note,) = make_config(HEAD | {"data_parallel_size_local": None})[1]
+    assert note.startswith("--data-parallel-address 10.0.0.1 (all engines are on this machine")
     parallel = make_config(OTHER)[0].replica_engine.executor.parallel
     assert (parallel.master_addr, parallel.master_port, parallel.nnodes) == ("10.0.0.1", 29550, 1)
 
@@ -108,9 +114,13 @@ def test_who_may_join() -> None:
     ):
         objection = roster.objection(hello(rank, count), joined)
         assert objection is None if message is None else message in str(objection)
-        joined += [rank] if objection is None else []
+        if objection is None:
+            roster.admitted(hello(rank, count))
+            joined.append(rank)
     assert "--data-parallel-size 4: the server was started with 6" in str(roster.objection(hello(1, 1, 4), []))
     assert [roster.machine_of(engine, joined) for engine in range(6)] == [None, 1, 1, 3, 3, 3]
+    assert roster.objection(hello(3, 1), joined) is None, "if it is the same machine; members.py knows"
+    assert roster.machine_of(5, joined) == 3, "as long as that has not joined"
     assert roster.missing([3]) == [1, 2] and roster.missing(joined) == []
     assert "--headless --data-parallel-start-rank 1" in roster.reminder([1, 2])
     assert [roster.title(hello(1, count)) for count in (1, 2)] == [
@@ -184,7 +194,7 @@ class Machines:
         executor = cluster(self.key, 1, port, nnodes=3, pipeline_parallel_size=1)
         executor = msgspec.structs.replace(executor, device=msgspec.structs.replace(executor.device, num_threads=3))
         secret = read_key_file(str(self.key))
-        digests = code_digest().hex(), model_digest(executor.model)
+        digests = program_digest().hex(), model_digest(executor.model)
         duties = ReplicaDuties(EngineConfig(executor=executor), 1, 2, 3, str(self.folder))
         return NodeAgent(executor.parallel, digests, secret, duties)
 
@@ -248,6 +258,18 @@ def test_a_draft_model_is_the_machines_own() -> None:
     assert found == config("/own", "/own/draft")
     with pytest.raises(ModelError, match="the server has a draft model; this machine needs the same option"):
         with_files_of(config("/theirs", "/theirs/draft"), config("/own", None))
+
+
+def test_machines_have_the_core_in_common_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine core of another version would say what the server does not understand."""
+    monkeypatch.setattr(identity, "_ROOT", tmp_path)
+    for folder in ("engine_core", "executor"):
+        (tmp_path / folder).mkdir()
+    before = code_digest(), program_digest()
+    (tmp_path / "engine_core" / "messages.py").write_text("new")
+    assert code_digest() == before[0] and program_digest() != before[1]
+    (tmp_path / "executor" / "messages.py").write_text("new")
+    assert code_digest() != before[0]
 
 
 def test_messages_pass_both_ways(machines: Machines) -> None:

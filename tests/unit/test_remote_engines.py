@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -49,6 +50,29 @@ async def test_a_message_at_a_time() -> None:
     socket.deliver(msgspec.msgpack.encode(LoadProgress(0, "", 0, 1)))
     socket.begin_life()
     assert not socket.wait(0) and not socket.take(), "of an earlier life"
+
+
+async def test_what_comes_while_something_is_sent_is_not_left_there() -> None:
+    """ZeroMQ's descriptor may say nothing of it any more."""
+    found = replicas()
+    waiting = [True, True, False]
+    turns = []
+    done = asyncio.Event()
+
+    class Replicas:
+        def turn(self) -> None:
+            turns.append(waiting.pop(0))
+            if not turns[-1]:
+                done.set()
+
+        @property
+        def has_messages(self) -> bool:
+            return turns[-1]
+
+    found._loop, found._replicas = asyncio.get_running_loop(), cast(Any, Replicas())
+    found.turn_soon()
+    await asyncio.wait_for(done.wait(), 60)
+    assert turns == [True, True, False] and not found._turns_soon
 
 
 async def test_engines_with_other_kernels_are_no_replicas() -> None:
