@@ -47,7 +47,10 @@ class CompressedTensors(SourceMethod):
         for group in self.fields.config_groups.values():
             inputs = group.input_activations
             if inputs is not None and not inputs.is_int8_per_token:
-                log_activations(f"{inputs.type}{inputs.num_bits} ({inputs.strategy})")
+                is_fp8 = all(
+                    each is not None and (each.type, each.num_bits) == ("float", 8) for each in (group.weights, inputs)
+                )
+                log_activations(f"{inputs.type}{inputs.num_bits} ({inputs.strategy})", options, is_fp8=is_fp8)
         if self.fields.kv_cache_scheme:
             self.has_cache_scales = self.fields.kv_cache_scheme.get("type") == "float"
             log_cache(self.has_cache_scales)

@@ -46,7 +46,7 @@ class FP8(SourceMethod):
     def __init__(self, fields: Mapping[str, Any], options: Options) -> None:
         self.fields = read(FP8Fields, fields)
         self.options = options
-        log_activations("FP8")
+        log_activations("FP8", options)
         log_float_only("fp8", options)
 
     def source(self, name: str) -> MakeSource:
@@ -56,7 +56,10 @@ class FP8(SourceMethod):
         return UnquantizedEmbedding()
 
 
-def log_activations(kind: str) -> None:
+def log_activations(kind: str, options: Options, *, is_fp8: bool = True) -> None:
+    """Says that activations are not what the checkpoint asks for, unless the user asks for the same."""
+    if is_fp8 and options.activations == "fp8":
+        return
     logger.info("activations are not rounded to %s, as the checkpoint asks: they stay in floating point", kind)
 
 

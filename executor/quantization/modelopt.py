@@ -24,7 +24,7 @@ class ModelOpt(SourceMethod):
     def __init__(self, fields: Mapping[str, Any], options: Options) -> None:
         self.fields = read(ModelOptFields, fields)
         self.options = options
-        log_activations(self.fields.quant_algo)
+        log_activations(self.fields.quant_algo, options, is_fp8=self.fields.quant_algo == "FP8")
         if self.fields.kv_cache_quant_algo or self.fields.kv_cache_scheme:
             log_cache()
 

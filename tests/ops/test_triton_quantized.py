@@ -13,6 +13,7 @@ import ops
 from executor.base import ModelError
 from executor.quantization.base import Options
 from executor.quantization.codes import Floats
+from executor.quantization.fp8 import FP8
 from executor.quantization.packed import chosen_activations, describe
 from ops import OpSet, QuantizedWeight
 from ops.packed import Encoding
@@ -175,7 +176,7 @@ def test_activations_in_fp8(size: int | None, is_gated: bool) -> None:
     assert torch.equal(linear.matmul(x, packed, epilogue, rows=torch.tensor([7, 4])), found[[7, 4]])
 
 
-def test_activations_in_fp8_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_in_fp8_are_asked_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Of weights that are quantised while they are loaded, and of a checkpoint."""
     asked: dict[str, Any] = {"dtype": "bfloat16", "quantized_activations": "fp8"}
     base = tiny.checkpoint("llama", num_hidden_layers=1)
@@ -186,6 +187,11 @@ def test_activations_in_fp8_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
         for size in (128, 64)
     ]
     assert [each.has_fp8_products for each in stored] == [True, False]
+    for activations, count in (("fp8", 0), ("float", 1)):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            FP8({"quant_method": "fp8"}, Options(activations=activations))  # type: ignore[arg-type]
+        assert caplog.text.count("activations are not rounded to FP8") == count
     monkeypatch.setattr(ops.op_set("cpu"), "multiplies_fp8", False)
     with pytest.raises(ModelError, match="--quantized-activations fp8: needs an NVIDIA GPU of compute capability 8.9"):
         load(base, quantization="fp8", **asked)
