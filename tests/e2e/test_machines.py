@@ -128,18 +128,18 @@ def test_machines_that_ray_provides(
             (agent,) = processes("octavo machine 1")
             assert two.generate(agent.kill) == one_rank
             assert re.match(r"machine 1 \(.*, 127.0.0.1\) is gone", two.messages(WorkersLost)[0].reason)
-    psutil.wait_procs(processes("octavo"), timeout=60)
-    assert not processes("octavo"), "agents end with the server"
+    _, alive = psutil.wait_procs(processes("octavo ray", "octavo machine 1"), timeout=60)
+    assert not alive, "agents end with the server"
 
 
-def processes(title: str) -> list[psutil.Process]:
-    """Processes of this one that run, and whose title begins like that."""
-    result = []
-    for each in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it ends meanwhile
-            if (each.cmdline() or [""])[0].startswith(title):
-                result.append(each)
-    return result
+def processes(*titles: str) -> list[psutil.Process]:
+    """Processes that this one has started, also indirectly."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if " ".join(process.cmdline()).strip() in titles:
+                found.append(process)
+    return found
 
 
 NAMESPACE, LINK = f"octavo{os.getpid()}", f"o{os.getpid()}"
