@@ -20,6 +20,8 @@ from engine_core.request import Request
 ENCODER_PAIRS = 1 << 14
 """Pairs of tokens that attend to each other in the time of an embedding: with small language models, or large images,
 an encoder takes longer than the model."""
+ALONE_PATCHES = 4096
+"""Patches that a step encodes if no answer waits for it, which saves steps. New requests still wait."""
 
 
 class EncoderCacheManager:
@@ -33,8 +35,7 @@ class EncoderCacheManager:
             step_tokens: Most tokens of a step.
         """
         self.support = support
-        self._budget = step_tokens
-        """Embeddings that a step computes at most, unless a single image has more."""
+        self._step_tokens = step_tokens
         self._capacity = 0 if support is None else support.cache_tokens
         self.restart()
 
@@ -52,7 +53,10 @@ class EncoderCacheManager:
         """Running requests with images that are not computed, by slot."""
         self._freed: list[str] = []
         self._chosen: list[tuple[Request, int]] = []
-        self._left = self._budget
+        self._left = self._step_tokens
+        """Patches that the step may still encode. It encodes one image, whatever its size."""
+        self._num_embeds = 0
+        """Embeddings that the step encodes."""
         self.num_pairs = 0
         """Pairs of tokens that could attend to each other in the time of the last plan's images."""
 
@@ -65,6 +69,17 @@ class EncoderCacheManager:
     def num_cached(self) -> int:
         """Embeddings that the workers hold."""
         return sum(self._sizes.values())
+
+    def begin(self, num_running: int) -> None:
+        """Begins a step, which encodes as many patches as it computes tokens at most: an encoder must not hold up the
+        answers of others for long. More if nobody has one yet.
+
+        Args:
+            num_running: Running requests.
+        """
+        if not self._chosen:
+            is_alone = num_running == len(self._requests)
+            self._left = max(self._step_tokens, ALONE_PATCHES) if is_alone else self._step_tokens
 
     def limit(self, slots: I32, counts: I64, scheduled: I64, budget: int) -> I64:
         """Cuts the tokens of running rows: to those that a step has room for, and before images that it cannot have.
@@ -121,10 +136,11 @@ class EncoderCacheManager:
             return True
         name = feature.identifier
         if name not in self._sizes:
-            is_too_much = self._chosen and feature.num_embeds > self._left
+            is_too_much = self._chosen and feature.num_patches > self._left
             if is_too_much or not self._make_room(feature.num_embeds):
                 return False
-            self._left -= feature.num_embeds
+            self._left -= feature.num_patches
+            self._num_embeds += feature.num_embeds
             self._sizes[name] = feature.num_embeds
             self._users[name] = set()
             self._chosen.append((request, index))
@@ -185,16 +201,18 @@ class EncoderCacheManager:
             self._drop(request, name)
         for choice in [choice for choice in self._chosen if choice[0] is request]:
             self._chosen.remove(choice)
-            self._choose_again(request.message.mm_features[choice[1]].identifier)
+            self._choose_again(request.message.mm_features[choice[1]])
 
-    def _choose_again(self, name: str) -> None:
+    def _choose_again(self, feature: MultiModalFeature) -> None:
         """Another request of the step may need what was chosen for one that was preempted."""
+        name = feature.identifier
         for request in self._requests.values():
             for index, held in self._held.get(request.index, {}).items():
                 if held == name:
                     self._chosen.append((request, index))
                     return
-        self._left += self._sizes.pop(name)
+        self._left += feature.num_patches
+        self._num_embeds -= self._sizes.pop(name)
         del self._users[name], self._unused[name]
 
     def _drop(self, request: Request, name: str) -> None:
@@ -216,7 +234,7 @@ class EncoderCacheManager:
             self._advance(slots, scheduled)
         chosen = tuple((request.slot, index) for request, index in self._chosen)
         fields = {"freed_features": tuple(self._freed), "encoder_inputs": chosen}
-        self.num_pairs, self._left = (self._budget - self._left) * ENCODER_PAIRS, self._budget
+        self.num_pairs, self._num_embeds = self._num_embeds * ENCODER_PAIRS, 0
         self._freed, self._chosen = [], []
         return fields
 

@@ -158,6 +158,7 @@ class Scheduler:
         table = self.table
         if self.kv.has_windows:
             self._free_unseen()
+        self.images.begin(self.num_running)
         slots, counts = self._wanted_by_running()
         slots, counts, updates, preempted = self._give_blocks(slots, counts)
         self._advance(slots, counts)

@@ -169,7 +169,7 @@ class LoRARequest(Message, frozen=True):
 
 
 class MultiModalFeature(Message, frozen=True):
-    """One preprocessed image or audio input of a prompt."""
+    """One preprocessed image or audio input of a prompt, or a part of it that is encoded by itself."""
 
     identifier: str
     """Hash of the content: equal inputs are encoded once and share cached blocks."""
@@ -179,6 +179,8 @@ class MultiModalFeature(Message, frozen=True):
     """Number of its tokens: placeholders (``MultiModalSupport.image_token_id``), and others between them."""
     num_embeds: int = 0
     """How many of them are placeholders."""
+    num_patches: int = 0
+    """Rows that its encoder computes."""
     axes: tuple[int, ...] = ()
     """Time, height and width in patches, where positions have three axes."""
     data: tuple[tuple[str, Tensor], ...] = ()

@@ -6,17 +6,21 @@
     llama-server -m /tmp/smolvlm/text.gguf --mmproj /tmp/smolvlm/mmproj.gguf --port 8080 --image-max-tokens 4096
     scripts/bench_images.py octavo=http://127.0.0.1:8000 llama.cpp=http://127.0.0.1:8080 --rounds 6
 
-The servers take turns, and every image is new to them.
+The servers take turns, and every image is new to them. With --beside, somebody else reads an answer meanwhile, whose
+longest wait for a token is reported.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import io
+import itertools
 import json
 import statistics
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -116,6 +120,33 @@ def request(url: str, model: str, image: str) -> tuple[float, int]:
     return time.perf_counter() - begin, reply["usage"]["prompt_tokens"]
 
 
+class Reader:
+    """Reads an answer in a thread."""
+
+    def __init__(self, url: str, model: str) -> None:
+        """Returns once tokens arrive."""
+        prompt = {"model": model, "prompt": "Once upon a time", "max_tokens": 4000}
+        body = json.dumps({**prompt, "temperature": 0, "ignore_eos": True, "stream": True}).encode()
+        target = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+        self._response = urllib.request.urlopen(target, timeout=600)
+        self._times: list[float] = []
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+        while len(self._times) < 20 and self._thread.is_alive():
+            time.sleep(0.01)
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it is closed
+            for line in self._response:
+                if line.startswith(b"data: "):
+                    self._times.append(time.perf_counter())
+
+    def close(self) -> list[float]:
+        """Ends the answer. Returns the seconds between its tokens."""
+        self._response.close()
+        return [later - earlier for earlier, later in itertools.pairwise(self._times)]
+
+
 def main() -> None:
     """Sends the requests and prints a line per server."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,6 +154,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="write a model instead")
     parser.add_argument("--type", default="BF16", choices=["BF16", "F16", "Q8_0"], help="of the tower (default: BF16)")
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--beside", action="store_true", help="while an answer to somebody else is read")
     parser.add_argument("--size", type=int, nargs=2, default=[640, 480], metavar=("WIDTH", "HEIGHT"))
     arguments = parser.parse_args()
     if arguments.write is not None:
@@ -140,8 +172,10 @@ def main() -> None:
     for index in range(arguments.rounds + 1):
         image = image_url(index, *arguments.size)
         for name, url in servers.items():
+            reader = Reader(url, models[name]) if arguments.beside else None
             seconds, tokens[name] = request(url, models[name], image)
-            print(f"{name}: {seconds:.2f} s{'' if index else ', not counted'}", file=sys.stderr, flush=True)
+            wait = "" if reader is None else f", {max(reader.close(), default=0.0):.2f} s for a token of another answer"
+            print(f"{name}: {seconds:.2f} s{wait}{'' if index else ', not counted'}", file=sys.stderr, flush=True)
             if index:
                 times[name].append(seconds)
     for name, own in times.items():

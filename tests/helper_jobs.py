@@ -47,6 +47,13 @@ def sleep(data: bytes) -> bytes:
     return b"slept"
 
 
+def wait(data: bytes) -> bytes:
+    """Ends when there is such a file."""
+    while not os.path.exists(data):
+        time.sleep(0.005)
+    return b"waited"
+
+
 def allocate(data: bytes) -> bytes:
     return b"%d" % len("a".center(int(data)))
 

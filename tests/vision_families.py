@@ -61,7 +61,7 @@ class VisionFamily:
 
 def values(image: ProcessedImage) -> npt.NDArray[np.float32]:
     """What the encoder reads: float32 [patches, columns]."""
-    patches, levels = to_array(image.patches), to_array(image.levels)
+    patches, levels = np.concatenate([to_array(each) for each in image.patches]), to_array(image.levels)
     channels = np.repeat(np.arange(3), patches.shape[1] // 3)
     found: npt.NDArray[np.float32] = levels[channels, patches]
     return found

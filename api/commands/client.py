@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -136,8 +137,9 @@ class Client:
         try:
             connection.sock.settimeout(None)
             response = self._request(connection, "POST", self._path + path, {**body, "stream": True})
-            _check(response)
-            yield from _events(response)
+            with contextlib.closing(response):  # it keeps a connection that the server is to close
+                _check(response)
+                yield from _events(response)
         except (OSError, http.client.HTTPException) as error:
             raise LostConnectionError(f"the connection to the server was lost ({_reason(error)})") from error
         finally:

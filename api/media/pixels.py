@@ -96,9 +96,9 @@ def process(spec: ImageSpec, image: Image.Image) -> ProcessedImage:
     Raises:
         ValueError: It is too long and thin, so that it would become too large.
     """
-    patches, grid, layout = FAMILIES[spec.family](spec, image)
+    parts, grid, layout = FAMILIES[spec.family](spec, image)
     return ProcessedImage(
-        patches=to_tensor(patches),
+        patches=tuple(map(to_tensor, parts)),
         levels=to_tensor(levels(spec)),
         grid=to_tensor(np.array(grid, np.int32)),
         height=image.height,
@@ -159,8 +159,8 @@ def center_crop(pixels: U8, height: int, width: int) -> U8:
     return full[max(0, top) : top + height, max(0, left) : left + width]
 
 
-Patches = tuple[U8, list[list[int]], Sequence[int]]
-"""The patches, grid and layout of a ``ProcessedImage``."""
+Patches = tuple[list[U8], list[list[int]], Sequence[int]]
+"""The patches of each part, grid and layout of a ``ProcessedImage``."""
 
 
 def _llava(spec: ImageSpec, image: Image.Image) -> Patches:
@@ -179,7 +179,7 @@ def _llava(spec: ImageSpec, image: Image.Image) -> Patches:
     if spec.crop is not None:
         pixels = center_crop(pixels, *spec.crop)
     grid = [pixels.shape[0] // spec.patch_size, pixels.shape[1] // spec.patch_size]
-    return patches_of(pixels, spec.patch_size), [grid], ()
+    return [patches_of(pixels, spec.patch_size)], [grid], ()
 
 
 def _llava_next(spec: ImageSpec, image: Image.Image) -> Patches:
@@ -196,10 +196,20 @@ def _llava_next(spec: ImageSpec, image: Image.Image) -> Patches:
     corners = product(range(0, height, tile), range(0, width, tile))
     tiles = [np.asarray(resized(spec, image, tile, tile))]
     tiles += [full[top : top + tile, left : left + tile] for top, left in corners]
+    patches = [patches_of(pixels, spec.patch_size) for pixels in tiles]
     down, across = height // tile, width // tile
-    cut = filled_up(image.height, image.width, down * side, across * side)
-    patches = np.concatenate([patches_of(pixels, spec.patch_size) for pixels in tiles])
-    return patches, [[side, side, down, across, *cut]] * len(tiles), ()
+    top, left = filled_up(image.height, image.width, down * side, across * side)
+    parts, grid = patches[:1], [[side, side, 0, 0, 0, 0]]
+    for row in range(down):
+        first, last = (min(max(end - row * side, 0), side) for end in (top, down * side - top))
+        own = patches[1 + row * across :][:across]
+        if first < last:
+            parts.append(np.concatenate(own))
+            grid += [[side, side, across, first, last, left]] * across
+        else:  # nothing of it remains
+            parts[0] = np.concatenate([parts[0], *own])
+            grid = grid[:1] * across + grid
+    return parts, grid, ()
 
 
 def best_shape(height: int, width: int, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -234,7 +244,7 @@ def _qwen2_vl(spec: ImageSpec, image: Image.Image) -> Patches:
     rows, columns = height // spec.patch_size, width // spec.patch_size
     merge = spec.merge_size
     patches = patches_of(pixels, spec.patch_size).reshape(rows // merge, merge, columns // merge, merge, -1)
-    return patches.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1), [[rows, columns]], ()
+    return [patches.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)], [[rows, columns]], ()
 
 
 def smart_resize(height: int, width: int, cell: int, least: int, most: int) -> tuple[int, int]:
@@ -265,7 +275,7 @@ def _pixtral(spec: ImageSpec, image: Image.Image) -> Patches:
     height, width = (height - 1) // cell * cell + cell, (width - 1) // cell * cell + cell
     pixels = np.asarray(resized(spec, image, height, width))
     grid = [height // spec.patch_size, width // spec.patch_size]
-    return patches_of(pixels, spec.patch_size), [grid], ()
+    return [patches_of(pixels, spec.patch_size)], [grid], ()
 
 
 MAX_IDEFICS3_SIDE = 4096
@@ -289,8 +299,7 @@ def _idefics3(spec: ImageSpec, image: Image.Image) -> Patches:
     if not spec.splits or tiles:
         image = resized(spec, image, tile, tile)
     tiles.append(np.asarray(image))
-    patches = np.concatenate([patches_of(pixels, spec.patch_size) for pixels in tiles])
-    return patches, [grid] * len(tiles), shape
+    return [patches_of(pixels, spec.patch_size) for pixels in tiles], [grid] * len(tiles), shape
 
 
 def idefics3_size(height: int, width: int, longest: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from api.errors import RequestError
 from api.media.reader import Picture
 from api.model.image_spec import ImageSpec
-from engine_core.messages import MultiModalFeature, to_array
+from engine_core.messages import MultiModalFeature, to_array, to_tensor
 
 WITH_AXES = ("qwen2_vl",)
 """Families whose positions have three axes."""
@@ -47,26 +47,35 @@ def place_images(
     for place, picture in zip(places, pictures, strict=True):
         result += prompt[done:place]
         tokens = FAMILIES[spec.family](spec, picture, encode)
-        features.append(_feature(spec, picture, len(result), tokens))
+        features += _features(spec, picture, len(result), tokens)
         result += tokens
         done = place + 1
     result += prompt[done:]
     return result, tuple(features)
 
 
-def _feature(spec: ImageSpec, picture: Picture, offset: int, tokens: list[int]) -> MultiModalFeature:
+def _features(spec: ImageSpec, picture: Picture, offset: int, tokens: list[int]) -> list[MultiModalFeature]:
+    """The parts of an image that are encoded by themselves, whose placeholders follow each other."""
     image = picture.image
     grid = to_array(image.grid)
-    first = tokens.index(spec.image_token_id)
-    last = len(tokens) - 1 - tokens[::-1].index(spec.image_token_id)
-    return MultiModalFeature(
-        identifier=picture.identifier,
-        offset=offset + first,
-        length=last + 1 - first,
-        num_embeds=tokens.count(spec.image_token_id),
-        axes=(1, *grid[0].tolist()) if spec.family in WITH_AXES else (),
-        data=(("patches", image.patches), ("levels", image.levels), ("grid", image.grid)),
-    )
+    places = [index for index, token in enumerate(tokens) if token == spec.image_token_id]
+    if spec.family == "llava_next":
+        counts = _llava_next_counts(picture)
+    else:
+        counts = [len(places) // len(image.patches)] * len(image.patches)
+    result = []
+    done = num_tiles = 0
+    for part, (patches, count) in enumerate(zip(image.patches, counts, strict=True)):
+        first, last = places[done], places[done + count - 1]
+        tiles = grid[num_tiles:][: patches.shape[0] // int(grid[num_tiles, :2].prod())]
+        data = (("patches", patches), ("levels", image.levels), ("grid", to_tensor(tiles)))
+        axes = (1, *tiles[0].tolist()) if spec.family in WITH_AXES else ()
+        name = f"{picture.identifier}.{part}"
+        result.append(
+            MultiModalFeature(name, offset + first, last + 1 - first, count, patches.shape[0], axes=axes, data=data)
+        )
+        done, num_tiles = done + count, num_tiles + len(tiles)
+    return result
 
 
 def _llava(spec: ImageSpec, picture: Picture, encode: Encode) -> list[int]:
@@ -88,9 +97,18 @@ def _idefics3(spec: ImageSpec, picture: Picture, encode: Encode) -> list[int]:
 
 
 def _llava_next(spec: ImageSpec, picture: Picture, encode: Encode) -> list[int]:
-    side, _, down, across, top, left = to_array(picture.image.grid)[0].tolist()
-    rows, columns = down * side - 2 * top, across * side - 2 * left
-    return [spec.image_token_id] * (side**2 + rows * (columns + 1))
+    return [spec.image_token_id] * sum(_llava_next_counts(picture))
+
+
+def _llava_next_counts(picture: Picture) -> list[int]:
+    """Embeddings of the whole image, and of each row of tiles, where every row of patches ends with one more."""
+    image = picture.image
+    grid, counts, place = to_array(image.grid).tolist(), [], 0
+    for patches in image.patches:
+        side, _, across, first, last, left = grid[place]
+        counts.append((last - first) * (across * side - 2 * left + 1) if across else side**2)
+        place += patches.shape[0] // side**2
+    return counts
 
 
 def _qwen2_vl(spec: ImageSpec, picture: Picture, encode: Encode) -> list[int]:

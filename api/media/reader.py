@@ -168,7 +168,10 @@ class ImageReader:
                 headers={"Retry-After": "5"},
             )
         self._held_bytes += size
-        weakref.finalize(image.patches, self._let_go, size).atexit = False
+        for part in image.patches[1:]:
+            weakref.finalize(part, self._let_go, len(part.data)).atexit = False
+            size -= len(part.data)
+        weakref.finalize(image.patches[0], self._let_go, size).atexit = False
 
     def _let_go(self, size: int) -> None:
         self._held_bytes -= size

@@ -97,8 +97,9 @@ def low_detail(spec: ImageSpec) -> ImageSpec:
 class ProcessedImage(msgspec.Struct, frozen=True):
     """An image as its encoder reads it."""
 
-    patches: Tensor
-    """uint8 [patches, channels * height * width of a patch], tile by tile."""
+    patches: tuple[Tensor, ...]
+    """uint8 [patches, channels * height * width of a patch] for each part of the image that is encoded by itself: some
+    of its tiles, one after another."""
     levels: Tensor
     """float32 [channels, 256]: the encoder's input for each value of a channel."""
     grid: Tensor
@@ -111,7 +112,7 @@ class ProcessedImage(msgspec.Struct, frozen=True):
 
     @property
     def num_bytes(self) -> int:
-        return len(self.patches.data) + len(self.levels.data) + len(self.grid.data)
+        return sum(len(each.data) for each in (*self.patches, self.levels, self.grid))
 
 
 class _Section:

@@ -65,10 +65,7 @@ export class Chat {
 
   #listen() {
     byId("stop").addEventListener("click", () => this.#stop());
-    byId("new-chat").addEventListener("click", () => {
-      location.hash = "#chat";
-      this.open(null);
-    });
+    byId("new-chat").addEventListener("click", () => this.#openNew());
     byId("prompts").addEventListener("click", () => this.#showPrompts());
     byId("forget-key").addEventListener("click", () => {
       forgetKey();
@@ -159,6 +156,12 @@ export class Chat {
     if (HAS_KEYBOARD.matches && byId("chat-view").hidden === false) this.#composer.focus();
   }
 
+  /** Shows a new conversation. The address changes without an event, which would come after the next key. */
+  #openNew() {
+    if (location.hash !== "#chat") history.pushState(null, "", "#chat");
+    this.open(null);
+  }
+
   #showThread() {
     const card = this.#models.card;
     const length = Number.isFinite(card?.max_model_len) ? `, ${number(card.max_model_len)}-token context` : "";
@@ -213,10 +216,7 @@ export class Chat {
     this.#stop(id);
     this.#running.delete(id);
     this.#composer.forget(id);
-    if (id === this.#current.id) {
-      location.hash = "#chat";
-      this.open(null);
-    }
+    if (id === this.#current.id) this.#openNew();
   }
 
   // -- sending -------------------------------------------------------------------------------------------------

@@ -84,6 +84,7 @@ def chat(browser_process: Browser, script: Script) -> Iterator[Browser]:
     """The chat page of the scripted server, fresh."""
     browser_process.open("about:blank")
     browser_process.clear(script.url)
+    script.reset()  # until now a page of the test before could have asked for something
     browser_process.open(script.url)
     browser_process.wait(lambda: browser_process.all("#model:enabled"))
     yield browser_process

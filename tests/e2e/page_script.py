@@ -41,9 +41,8 @@ class Script:
         self.models: list[dict[str, Any]] = [card()]
         self.metrics = ""
         self.requests: list[dict[str, Any]] = []
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         pages = [Route(row.path, row.handler, methods=[row.method]) for row in WebPages().operations()]
         routes = [
@@ -53,10 +52,10 @@ class Script:
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
         ]
         app = Starlette(routes=[Mount("/behind/a/proxy", routes=routes), *routes])
-        self._server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error", ws="none"))
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
         self._thread.start()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not self._server.started:
             assert time.monotonic() < deadline, "the server does not start"
             time.sleep(0.01)

@@ -21,6 +21,8 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 READY = re.compile(r"Serving \S+ at (https?://\S+)/v1 ")
 START_TIMEOUT = 120
+PATIENCE = 120.0
+"""Seconds that anything may take that must happen."""
 
 
 class Server:
@@ -36,6 +38,8 @@ class Server:
             text=True,
         )
         self.errors: list[str] = []
+        self.num_kills = 0
+        """Processes that ``kill`` has killed."""
         self._reader = threading.Thread(target=self._read_errors, daemon=True)
         self._reader.start()
         self._children: list[psutil.Process] = []
@@ -72,14 +76,30 @@ class Server:
             time.sleep(0.01)
         raise AssertionError(f"there is no process {title!r}")
 
+    def kill(self, title: str, number: signal.Signals = signal.SIGKILL) -> None:
+        """Sends a signal to the child process of that title."""
+        self.child(title).send_signal(number)
+        self.num_kills += 1
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", timeout=PATIENCE, **options)
+
     def metric(self, name: str) -> float:
         """Sum of a metric over its labels."""
-        text = httpx.get(f"{self.url}/metrics").text
+        text = self.get("/metrics").text
         lines = [line for line in text.splitlines() if re.match(rf"{re.escape(name)}(\{{| )", line)]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
+    def rests(self) -> None:
+        """Waits until no request is running and no block of the KV cache is in use."""
+        deadline = time.monotonic() + PATIENCE
+        names = ("vllm:num_requests_running", "vllm:kv_cache_usage_perc")
+        while any(values := [self.metric(name) for name in names]):
+            assert time.monotonic() < deadline, values
+            time.sleep(0.01)
+
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=120, **options)
+        return httpx.post(f"{self.url}{path}", json=body, timeout=PATIENCE, **options)
 
     def stop(self) -> int:
         """Asks the server to end, waits, and checks that nothing is left. Returns the exit code."""
@@ -87,11 +107,11 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
-            code = self.process.wait(timeout=60)
+            code = self.process.wait(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()
-        _, alive = psutil.wait_procs(children, timeout=10)
+        _, alive = psutil.wait_procs(children, timeout=60)
         for process in alive:
             process.kill()
         assert not alive, f"processes outlived the server: {alive}"
@@ -117,7 +137,7 @@ def _children(pid: int) -> list[psutil.Process]:
         return []
 
 
-def run_cli(*arguments: str, timeout: float = 60, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+def run_cli(*arguments: str, timeout: float = 240, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs ``python -m api`` in ``cwd`` to its end."""
     return subprocess.run(
         [sys.executable, "-m", "api", *arguments],

@@ -12,7 +12,7 @@ import openai
 import pydantic
 import pytest
 
-from tests.e2e.server import Server
+from tests.e2e.server import PATIENCE, Server
 
 MODEL = "demo"
 QUESTION = "What is the capital of Japan?"
@@ -131,7 +131,7 @@ def test_responses(client: openai.OpenAI) -> None:
 def test_responses_in_the_background(server: Server, client: openai.OpenAI) -> None:
     options: dict[str, Any] = {"model": MODEL, "input": "Tell me a story.", "background": True}
     response = client.responses.create(**options, max_output_tokens=8)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while response.status in ("queued", "in_progress") and time.monotonic() < deadline:
         time.sleep(0.05)
         response = client.responses.retrieve(response.id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from api.model.files import with_model
 from api.params.structured import StructuredOutputsParams
 from executor.config import SpeculativeConfig
 from tests.e2e.server import Server
-from tests.e2e.test_faults import MAX_TOKENS, NUM_STREAMS, body, run_streams
+from tests.e2e.test_faults import MAX_TOKENS, NUM_STREAMS, again, body, run_streams
 
 SCHEMA = {
     "type": "object",
@@ -131,10 +132,11 @@ def test_streams_of_rows_survive_the_death_of_ranks_and_core(tiny_model: Path, t
     env = {"OCTAVO_TEST_SPECULATIVE": msgspec.json.encode(speculative).decode(), "OCTAVO_TEST_RANKS": "2"}
     with Server(*flags, "--num-threads", "1", env=env, module="tests.e2e.drafting") as server:
         for titles in ((), ("octavo worker 0", "octavo engine_core", "octavo worker 1")):
-            streams = asyncio.run(run_streams(server, signal.SIGKILL, *titles))
+            streams = again(partial(run_streams, server, signal.SIGKILL, *titles))
             for before, after in zip(undisturbed, streams, strict=True):
                 assert (after.tokens, after.text) == (before.tokens, before.text)
                 assert after.finish_reason == "length"
                 assert after.usage is not None and after.usage["completion_tokens"] == MAX_TOKENS
-        assert 2 <= server.metric("octavo:engine_restarts_total") <= 3  # two deaths at once are one restart
-        assert server.metric("vllm:kv_cache_usage_perc") == 0
+        # Two deaths at once are one restart.
+        assert 2 <= server.metric("octavo:engine_restarts_total") <= server.num_kills
+        server.rests()

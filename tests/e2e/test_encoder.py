@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import numpy as np
 import openai
 import pytest
@@ -51,4 +50,4 @@ def test_embeddings(server: Server, folder: Path) -> None:
         assert offline.outputs.embedding == alone
         with pytest.raises(ValueError, match="no classifier"):
             llm.classify("a")
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert server.get("/health").status_code == 200

@@ -7,13 +7,13 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import psutil
@@ -21,7 +21,10 @@ import pytest
 
 from engine_core.restart import MAX_DEATHS
 from tests.e2e.poison.sitecustomize import POISON
-from tests.e2e.server import ROOT, Server
+from tests.e2e.server import PATIENCE, ROOT, Server
+from tests.ports import free_port
+
+T = TypeVar("T")
 
 pytestmark = pytest.mark.alone  # streams must not be over before their process is killed
 
@@ -71,25 +74,48 @@ class Stream:
                     self.usage = event["usage"]
 
 
+class TooShortError(Exception):
+    """Streams were over before anything could happen to them."""
+
+
+def again(run: Callable[[], Awaitable[T]]) -> T:
+    """Runs streams until they are long enough: a process that waits for a CPU hears of many tokens at once."""
+    for _ in range(20):
+        with contextlib.suppress(TooShortError):
+            return asyncio.run(run())  # type: ignore[arg-type]
+    raise AssertionError("the streams are too short for this test")
+
+
 async def under_way(streams: list[Stream], tasks: list[asyncio.Task[None]], least: int = 20) -> None:
-    """Waits until each stream has so many tokens."""
+    """Waits until each stream has so many tokens.
+
+    Raises:
+        TooShortError: One of them ended first.
+    """
     while min(len(stream.tokens) for stream in streams) < least:
-        for task in tasks:
-            if task.done():
-                task.result()
+        ended = [task.result() for task in tasks if task.done()]
+        if len(ended) == len(tasks):
+            break
         await asyncio.sleep(0.01)
-    assert not any(task.done() for task in tasks), "the streams were too short for this test"
+    if any(task.done() for task in tasks):
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise TooShortError
 
 
-async def run_streams(server: Server, kill: signal.Signals | None = None, *titles: str) -> list[Stream]:
-    """Runs the streams; once they are under way, kills processes one after another."""
+async def run_streams(server: Server, kill: signal.Signals = signal.SIGKILL, *titles: str) -> list[Stream]:
+    """Runs the streams; once they are under way, kills processes one after another.
+
+    Raises:
+        TooShortError: They ended before that.
+    """
     streams = [Stream() for _ in range(NUM_STREAMS)]
     async with httpx.AsyncClient(base_url=server.url, timeout=240) as client:
         tasks = [asyncio.create_task(stream.read(client, body(i))) for i, stream in enumerate(streams)]
         for title in titles:
             await under_way(streams, tasks, min(len(stream.tokens) for stream in streams) + 20)
-            assert kill is not None
-            server.child(title).send_signal(kill)
+            server.kill(title, kill)
         await asyncio.gather(*tasks)
     return streams
 
@@ -112,22 +138,22 @@ def undisturbed(server: Server) -> list[Stream]:
 
 @pytest.mark.timeout(600)
 def test_streams_survive_the_death_of_every_process_behind_the_api(server: Server, undisturbed: list[Stream]) -> None:
-    num_restarts = server.metric("octavo:engine_restarts_total")
+    num_restarts, num_kills = server.metric("octavo:engine_restarts_total"), server.num_kills
     for titles in (
         ("octavo engine_core",),
         ("octavo worker 0",),
         ("octavo worker 0", "octavo engine_core", "octavo worker 0") * 2,
     ):
-        streams = asyncio.run(run_streams(server, signal.SIGKILL, *titles))
+        streams = again(partial(run_streams, server, signal.SIGKILL, *titles))
         for before, after in zip(undisturbed, streams, strict=True):
             assert after.tokens == before.tokens
             assert after.text == before.text
             assert after.finish_reason == before.finish_reason == "length"
             assert after.usage is not None and after.usage["completion_tokens"] == MAX_TOKENS
-    assert 5 <= server.metric("octavo:engine_restarts_total") - num_restarts <= 8  # two deaths at once are one restart
-    assert server.metric("vllm:num_requests_running") == 0
-    assert server.metric("vllm:kv_cache_usage_perc") == 0
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    num_restarts, num_kills = server.metric("octavo:engine_restarts_total") - num_restarts, server.num_kills - num_kills
+    assert 5 <= num_restarts <= num_kills  # two deaths at once are one restart
+    server.rests()
+    assert server.get("/health").status_code == 200
 
 
 @pytest.mark.timeout(300)
@@ -162,7 +188,7 @@ def test_a_poison_request_is_found_among_others(flags: list[str], what: str) -> 
 
     with Server(*flags, env=poisonous(what)) as server:
         undisturbed = asyncio.run(run_streams(server))
-        streams, answer = asyncio.run(run(server))
+        streams, answer = again(partial(run, server))
         for before, after in zip(undisturbed, streams, strict=True):
             assert (after.tokens, after.text, after.finish_reason) == (before.tokens, before.text, "length")
         assert answer.status_code == 500 and "10 minutes" in answer.json()["error"]["message"]
@@ -180,14 +206,14 @@ def test_processes_that_hang_are_replaced(server: Server, undisturbed: list[Stre
 
     def watch() -> None:
         while not stop.wait(0.1):
-            readiness.add(httpx.get(f"{server.url}/readyz").status_code)
-            assert httpx.get(f"{server.url}/livez").status_code == 200
+            readiness.add(server.get("/readyz").status_code)
+            assert server.get("/livez").status_code == 200
 
     with ThreadPoolExecutor(1) as threads:
         watching = threads.submit(watch)
         try:
             for title in ("octavo worker 0", "octavo engine_core"):
-                streams = asyncio.run(run_streams(server, signal.SIGSTOP, title))
+                streams = again(partial(run_streams, server, signal.SIGSTOP, title))
                 assert [stream.tokens for stream in streams] == [stream.tokens for stream in undisturbed]
         finally:
             stop.set()
@@ -199,10 +225,10 @@ def test_processes_that_hang_are_replaced(server: Server, undisturbed: list[Stre
 @pytest.mark.timeout(300)
 def test_a_machine_that_stands_still_is_not_hung(server: Server, undisturbed: list[Stream]) -> None:
     num_restarts = server.metric("octavo:engine_restarts_total")
-    streams = [Stream() for _ in range(NUM_STREAMS)]
     tree = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
 
-    async def run() -> None:
+    async def run() -> list[Stream]:
+        streams = [Stream() for _ in range(NUM_STREAMS)]
         async with httpx.AsyncClient(base_url=server.url, timeout=240) as client:
             tasks = [asyncio.create_task(stream.read(client, body(i))) for i, stream in enumerate(streams)]
             await under_way(streams, tasks)
@@ -212,8 +238,9 @@ def test_a_machine_that_stands_still_is_not_hung(server: Server, undisturbed: li
             for process in tree:
                 process.send_signal(signal.SIGCONT)
             await asyncio.gather(*tasks)
+        return streams
 
-    asyncio.run(run())
+    streams = again(run)
     assert [stream.tokens for stream in streams] == [stream.tokens for stream in undisturbed]
     assert server.metric("octavo:engine_restarts_total") == num_restarts
 
@@ -221,14 +248,12 @@ def test_a_machine_that_stands_still_is_not_hung(server: Server, undisturbed: li
 @pytest.mark.timeout(300)
 def test_a_core_that_is_killed_while_the_model_loads_first(flags: list[str]) -> None:
     """What answers meanwhile says so."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     killed: list[int] = []
     seen: set[tuple[str, int]] = set()
 
     def disturb() -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             for path in ("/livez", "/readyz", "/startupz"):
                 with contextlib.suppress(httpx.HTTPError):
@@ -258,7 +283,7 @@ def test_no_child_outlives_the_api(flags: list[str]) -> None:
     children = psutil.Process(server.process.pid).children(recursive=True)
     assert len(children) == 2
     os.kill(server.process.pid, signal.SIGKILL)
-    _, alive = psutil.wait_procs(children, timeout=5)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
     server.stop()
 

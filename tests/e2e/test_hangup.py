@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests import tiny
-from tests.e2e.server import Server, run_cli
+from tests.e2e.server import PATIENCE, Server, run_cli
 
 SIMULATED = ("--distributed-executor-backend", "simulated")
 
@@ -27,13 +27,13 @@ def test_the_end_of_a_terminal_drains(tiny_model: Path) -> None:
     device = json.dumps({"step_us": 20000})
     with Server("--model", str(tiny_model), *SIMULATED, "--simulated-device", device) as server:
         body = {"prompt": "a", "max_tokens": 50, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=PATIENCE) as response:
             lines = response.iter_lines()
             next(lines)
             server.process.send_signal(signal.SIGHUP)
             rest = list(lines)
         assert rest[-2] == "data: [DONE]" and "error" not in "".join(rest)
-        assert server.process.wait(timeout=30) == 0
+        assert server.process.wait(timeout=PATIENCE) == 0
 
 
 def test_nohup_is_respected(tiny_model: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_pipe_ends_the_start_at_once(tmp_path: Path, name: str) -> None:
     folder = tiny.copy_of(tiny.checkpoint("llama"), tmp_path / "model")
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    result = run_cli("serve", str(folder), "--port", "0", timeout=60)
+    result = run_cli("serve", str(folder), "--port", "0")
     assert result.returncode == 78, result.stderr
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("octavo: "))
     assert str(folder / name) in line and line.endswith("Not a regular file")

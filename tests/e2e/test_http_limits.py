@@ -30,7 +30,7 @@ def test_trailers_take_no_memory(tiny_model: Path) -> None:
     """Neither many nor long ones, with and without an answer that comes before them."""
     with Server("--model", str(tiny_model), "--api-key", "secret") as server:
         process = psutil.Process(server.process.pid)
-        httpx.get(f"{server.url}/v1/models").close()
+        server.get("/v1/models").close()
         before = process.memory_info().rss
         chunk = b"2\r\n{}\r\n0\r\n"
         for path in (b"/v1/completions", b"/nowhere"):
@@ -39,4 +39,4 @@ def test_trailers_take_no_memory(tiny_model: Path) -> None:
                 for piece in (b"A:\r\n" * 4000, b"X-A: " + b"a" * 16000 + b"\r\n", b"a" * 16000):
                     send(server.url, head + chunk, piece, 50 * MB)
         assert process.memory_info().rss - before < 30 * MB
-        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert server.get("/health").status_code == 200

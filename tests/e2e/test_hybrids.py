@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import httpx
 import pytest
 
 from tests import tiny
 from tests.e2e.server import Server
-from tests.e2e.test_faults import Stream, body, under_way
+from tests.e2e.test_faults import Stream, again, body, under_way
 
 NUM_STREAMS = 4
 MAX_TOKENS = 100
@@ -29,7 +30,7 @@ async def run(server: Server, title: str = "") -> list[list[int]]:
         ]
         if title:
             await under_way(streams, tasks, 15)
-            server.child(title).kill()
+            server.kill(title)
         await asyncio.gather(*tasks)
     assert all(each.finish_reason == "length" for each in streams)
     return [each.tokens for each in streams]
@@ -52,7 +53,7 @@ def test_deaths_and_cached_prefixes_change_no_token(kind: str, title: str) -> No
         alone, num_cached = turn(server, PROMPT, "nobody else's")
         assert num_cached == 0
         undisturbed = asyncio.run(run(server))
-        assert asyncio.run(run(server, title)) == undisturbed
+        assert again(partial(run, server, title)) == undisturbed
         assert server.metric("octavo:engine_restarts_total") == 1
 
         assert turn(server, PROMPT) == (alone, len(PROMPT) // BLOCK * BLOCK)

@@ -67,7 +67,7 @@ def ask(server: Server, content: Any, **fields: Any) -> httpx.Response:
 
 def test_all_protocols_see_the_same(server: Server) -> None:
     text = "what?"
-    (card,) = httpx.get(f"{server.url}/v1/models").json()["data"]
+    (card,) = server.get("/v1/models").json()["data"]
     assert card["capabilities"] == {"vision": True}
     first = ask(server, [part(png(1)), {"type": "text", "text": text}])
     assert first.status_code == 200, first.text

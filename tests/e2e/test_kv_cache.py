@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 
-from tests.e2e.server import Server
+from tests.e2e.server import PATIENCE, Server
 
 KEY = {"Authorization": "Bearer admin"}
 BODY = {
@@ -31,8 +32,8 @@ def ask(server: Server) -> tuple[list[int], int]:
 
 
 def wait_until_ready(server: Server) -> None:
-    deadline = time.monotonic() + 120
-    while httpx.get(f"{server.url}/readyz").status_code != 200:
+    deadline = time.monotonic() + PATIENCE
+    while server.get("/readyz").status_code != 200:
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -51,11 +52,11 @@ def test_prefixes_outlive_workers_sleep_and_servers(tiny_model: Path, tmp_path: 
         assert server.post("/sleep", None).status_code == 401
         assert "level" in server.post("/sleep?level=3", None, headers=KEY).json()["error"]["message"]
         assert server.post("/sleep?level=2", None, headers=KEY).json() == {"is_sleeping": True}
-        assert not any("octavo worker" in " ".join(each.cmdline()) for each in children(server))
-        assert httpx.get(f"{server.url}/is_sleeping").json() == {"is_sleeping": True}
+        has_no_workers(server)
+        assert server.get("/is_sleeping").json() == {"is_sleeping": True}
         refused = server.post("/v1/completions", BODY)
         assert refused.status_code == 503 and "sleeps" in refused.text
-        assert httpx.get(f"{server.url}/readyz").status_code == 503
+        assert server.get("/readyz").status_code == 503
         assert server.post("/wake_up?tags=weights", None, headers=KEY).json() == {"is_sleeping": False}
         assert ask(server) == (tokens, 288)  # from files: the cache is empty
     assert list(tmp_path.glob("*/0/*"))
@@ -63,5 +64,15 @@ def test_prefixes_outlive_workers_sleep_and_servers(tiny_model: Path, tmp_path: 
         assert ask(server) == (tokens, 288)
 
 
-def children(server: Server) -> list[psutil.Process]:
-    return psutil.Process(server.process.pid).children(recursive=True)
+def has_no_workers(server: Server) -> None:
+    """Waits until the workers have ended."""
+    deadline = time.monotonic() + PATIENCE
+    while any("octavo worker" in title for title in titles(server)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def titles(server: Server) -> Iterator[str]:
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            yield " ".join(process.cmdline())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import httpx
 import pytest
 
 from tests.e2e.server import ROOT, Server
-from tests.e2e.test_faults import Stream, body, under_way
+from tests.e2e.test_faults import Stream, again, body, under_way
 
 NUM_STREAMS = 7
 MAX_TOKENS = 90
@@ -80,31 +81,27 @@ def late(flags: list[str], request: pytest.FixtureRequest) -> Iterator[Server]:
         yield server
 
 
-def is_at_rest(server: Server) -> bool:
-    return server.metric("vllm:num_requests_running") == server.metric("vllm:kv_cache_usage_perc") == 0
-
-
 @pytest.mark.timeout(300)
 def test_streams_have_the_tokens_of_a_cpu_even_if_preempted(late: Server, expected: list[Any]) -> None:
     assert told(asyncio.run(run(late))) == expected
     assert late.metric("vllm:num_preemptions_total") > 0
-    assert is_at_rest(late)
+    late.rests()
 
 
 @pytest.mark.timeout(300)
 def test_streams_that_are_left_disturb_nobody(late: Server, expected: list[Any]) -> None:
     left = (0, 5)
-    streams = told(asyncio.run(run(late, leave=left)))
+    streams = told(again(partial(run, late, leave=left)))
     for place, stream in enumerate(streams):
         if place in left:
             assert expected[place][0][: len(stream[0])] == stream[0]
         else:
             assert stream == expected[place]
-    assert is_at_rest(late)
+    late.rests()
 
 
 @pytest.mark.timeout(300)
 def test_streams_survive_the_death_of_the_worker(late: Server, expected: list[Any]) -> None:
-    assert told(asyncio.run(run(late, kill="octavo worker 0"))) == expected
+    assert told(again(partial(run, late, kill="octavo worker 0"))) == expected
     assert late.metric("octavo:engine_restarts_total") == 1
-    assert is_at_rest(late)
+    late.rests()

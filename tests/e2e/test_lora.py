@@ -69,7 +69,7 @@ def test_any_mixture_gives_each_its_own_tokens(server: Server) -> None:
     with ThreadPoolExecutor(len(wanted)) as pool:
         together = list(pool.map(lambda pair: answer(server, pair[1], pair[0]), enumerate(wanted)))
     assert together == alone
-    cards = {card["id"]: card["parent"] for card in httpx.get(f"{server.url}/v1/models").json()["data"]}
+    cards = {card["id"]: card["parent"] for card in server.get("/v1/models").json()["data"]}
     assert cards == {"base": None, "a": "base", "b": "base"}
     assert server.metric("octavo:lora_adapters_loaded") == 2
 

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +21,8 @@ from api.config import make_config
 from api.ray_machines import with_machines
 from engine_core.messages import WorkersLost
 from tests.e2e.rank_harness import ranks
-from tests.e2e.server import ROOT, run_cli
+from tests.e2e.server import PATIENCE, ROOT, run_cli
+from tests.ports import free_port
 
 pytestmark = pytest.mark.alone  # stages wait for each other
 
@@ -51,7 +51,7 @@ class Agent:
 
     def wait(self) -> int:
         """Waits for its end. Returns the exit code."""
-        code = self.process.wait(60)
+        code = self.process.wait(PATIENCE)
         self._reader.join()
         return code
 
@@ -70,8 +70,7 @@ def cluster_key(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
+    return free_port()
 
 
 def flags_of_agent(model: Path, place: dict[str, Any]) -> list[str]:

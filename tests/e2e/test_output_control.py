@@ -140,18 +140,18 @@ def kill_in_the_middle(llm: LLM, num_tokens: int, work: Callable[[], Any]) -> An
     client = llm._model.client
     assert isinstance(client, EngineClient)
     with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(work)
-        while not result.done():
-            states = list(client._processor.states.values())
-            if any(len(state.output_token_ids) >= num_tokens for state in states):
-                pid = client.engine_pid
-                assert pid is not None
-                os.kill(pid, signal.SIGKILL)
-                break
-            time.sleep(0.0005)
-        else:
-            raise AssertionError("the work was done before anything could be killed")
-        return result.result()
+        for _ in range(20):  # this thread may hear of the work when it is done
+            result = pool.submit(work)
+            while not result.done():
+                states = list(client._processor.states.values())
+                if any(len(state.output_token_ids) >= num_tokens for state in states):
+                    pid = client.engine_pid
+                    assert pid is not None
+                    os.kill(pid, signal.SIGKILL)
+                    return result.result()
+                time.sleep(0.0005)
+            result.result()
+        raise AssertionError("the work was done before anything could be killed")
 
 
 def test_fields_hold_after_the_death_of_the_engine_core(tiny_model: Path) -> None:

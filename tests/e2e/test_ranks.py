@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from engine_core.messages import WorkersLost
 from tests.e2e.rank_harness import Ranks, ranks
 from tests.e2e.server import Server
-from tests.e2e.test_faults import NUM_STREAMS, run_streams
+from tests.e2e.test_faults import NUM_STREAMS, again, run_streams
 
 pytestmark = pytest.mark.alone  # ranks wait for each other
 
@@ -54,6 +55,7 @@ def test_streams_of_a_server_survive_either_rank(tiny_model: Path) -> None:
     with Server(*flags, "--num-threads", "1", "-tp", "2") as server:
         undisturbed = asyncio.run(run_streams(server))
         assert len(undisturbed) == NUM_STREAMS
-        streams = asyncio.run(run_streams(server, signal.SIGKILL, "octavo worker 1", "octavo worker 0"))
+        streams = again(partial(run_streams, server, signal.SIGKILL, "octavo worker 1", "octavo worker 0"))
         assert [stream.tokens for stream in streams] == [stream.tokens for stream in undisturbed]
-        assert 1 <= server.metric("octavo:engine_restarts_total") <= 2  # two deaths at once are one restart
+        # Two deaths at once are one restart.
+        assert 1 <= server.metric("octavo:engine_restarts_total") <= server.num_kills

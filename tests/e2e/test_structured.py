@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 
 from api import LLM, SamplingParams
 from api.params.structured import StructuredOutputsParams
-from tests.e2e.server import Server, stream_text
+from tests.e2e.server import PATIENCE, Server, stream_text
 
 PERSON = {
     "type": "object",
@@ -160,7 +159,7 @@ def test_over_http(server: Server) -> None:
         "POST",
         f"{server.url}/v1/chat/completions",
         json={"messages": messages, "structured_outputs": {"choice": ["left", "right"]}, "stream": True},
-        timeout=60,
+        timeout=PATIENCE,
     ) as response:
         chunks = [json.loads(data)["choices"][0] for data in stream_text(response.iter_lines()) if data != "[DONE]"]
     assert "".join(chunk["delta"].get("content", "") for chunk in chunks) in ("left", "right")
@@ -185,7 +184,7 @@ async def stream_tokens(server: Server, body: dict[str, Any], kill: str = "", af
             tokens += choice["token_ids"]
             reason = choice["finish_reason"] or reason
             if kill and len(tokens) >= after:
-                server.child(kill).send_signal(signal.SIGKILL)
+                server.kill(kill)
                 kill = ""
     assert not kill, "the stream was too short for this test"
     return tokens, reason

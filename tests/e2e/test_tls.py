@@ -12,7 +12,7 @@ import trustme
 from api.config import ServerConfig
 from api.flags import ConfigError
 from api.server.run import check_tls
-from tests.e2e.server import Server
+from tests.e2e.server import PATIENCE, Server
 
 SIMULATED = ("--distributed-executor-backend", "simulated")
 
@@ -47,13 +47,13 @@ def test_https(tiny_model: Path, authority: trustme.CA, files: Path) -> None:
     with Server(str(tiny_model), *SIMULATED, *map(str, flags), "--ssl-cert-reqs", "2") as server:
         assert server.url.startswith("https://127.0.0.1:")
         trusting = ssl.create_default_context(cafile=str(files / "ca.pem"))
-        with pytest.raises(httpx.HTTPError), httpx.Client(verify=trusting) as stranger:
+        with pytest.raises(httpx.HTTPError), httpx.Client(verify=trusting, timeout=PATIENCE) as stranger:
             stranger.get(f"{server.url}/health")
         with pytest.raises(httpx.HTTPError):
-            httpx.get(server.url.replace("https", "http") + "/health")
+            httpx.get(server.url.replace("https", "http") + "/health", timeout=PATIENCE)
         authority.issue_cert("client@example.org").configure_cert(trusting)
         body = {"prompt": "hello", "max_tokens": 40, "ignore_eos": True}
-        with httpx.Client(verify=trusting, base_url=server.url) as client:
+        with httpx.Client(verify=trusting, base_url=server.url, timeout=PATIENCE) as client:
             assert client.get("/health").status_code == 200
             usage = client.post("/v1/completions", json=body).json()["usage"]
             assert usage["completion_tokens"] == 40

@@ -15,6 +15,11 @@ from tests.e2e.browser import Browser, Keys, WebElement
 from tests.e2e.page_script import HOSTILE, MODEL, Script, card
 
 
+def answers(chat: Browser, text: str) -> None:
+    """Waits until this is the last answer."""
+    chat.becomes(lambda: chat.text(".from-assistant .message-body"), text)
+
+
 def test_an_answer_and_what_it_cost(chat: Browser, script: Script) -> None:
     assert chat.ask("Hi there") == "Hello world."
     assert chat.text(".from-assistant strong") == "world"
@@ -28,13 +33,13 @@ def test_the_conversation_goes_on_and_is_kept(chat: Browser, script: Script) -> 
     chat.ask("one")
     chat.ask("two")
     assert [message["content"] for message in script.requests[1]["messages"]] == ["one", "Hello **world**.", "two"]
-    chat.driver.refresh()
-    chat.wait(lambda: len(chat.all(".message")) == 4)
-    assert chat.text(".from-assistant .message-body") == "Hello world."
+    chat.reload()
+    chat.becomes(lambda: len(chat.all(".message")), 4)
+    answers(chat, "Hello world.")
     chat.open(script.url)
-    assert not chat.all(".message")
+    chat.gone(".message")
     chat.click(".conversations a")
-    chat.wait(lambda: len(chat.all(".message")) == 4)
+    chat.becomes(lambda: len(chat.all(".message")), 4)
 
 
 def test_settings_go_into_requests(chat: Browser, script: Script) -> None:
@@ -59,8 +64,8 @@ def test_settings_go_into_requests(chat: Browser, script: Script) -> None:
 def test_a_setting_that_is_not_valid_is_not_sent(chat: Browser, script: Script) -> None:
     chat.set("extra", "{")
     chat.send("hi")
-    assert chat.driver.switch_to.active_element.get_attribute("id") == "setting-extra"
-    assert chat.text("#setting-extra-hint") == "This is not valid JSON."
+    chat.becomes(chat.focused, "setting-extra")
+    chat.becomes(lambda: chat.text("#setting-extra-hint"), "This is not valid JSON.")
     assert not script.requests
 
 
@@ -71,9 +76,9 @@ def test_stop(chat: Browser, script: Script) -> None:
     chat.wait(lambda: "word word" in chat.text(".from-assistant .message-body"))
     chat.type(Keys.ESCAPE)
     chat.finish()
-    assert "stopped" in chat.text(".stats")
+    chat.wait(lambda: "stopped" in chat.text(".stats"))
     shown = chat.text(".from-assistant .message-body")
-    chat.wait(lambda: script.num_left == num_left + 1)
+    chat.wait(lambda: script.num_left > num_left, "the server to notice")
     script.go_on()
     assert chat.text(".from-assistant .message-body") == shown
     script.says("Fine.")
@@ -88,10 +93,10 @@ def test_two_conversations_at_once(chat: Browser, script: Script) -> None:
     script.says("b")
     assert chat.ask("second") == "b"
     script.go_on()
-    chat.wait(lambda: not chat.all(".running-dot"))
+    chat.gone(".running-dot")
     # The one that ended last comes first.
     chat.click(".conversations li:first-child a")
-    assert chat.text(".from-assistant .message-body").split() == ["a"] * 60
+    answers(chat, " ".join(["a"] * 60))
 
 
 def test_an_answer_that_was_edited_has_no_price(chat: Browser, script: Script) -> None:
@@ -101,26 +106,25 @@ def test_an_answer_that_was_edited_has_no_price(chat: Browser, script: Script) -
     for _ in range(2):
         chat.run("document.querySelector('.from-assistant [aria-label=\"Edit answer\"]').click()")
         chat.type(Keys.CONTROL, "a", Keys.NULL, "Mine.", Keys.CONTROL, Keys.ENTER)
-        chat.wait(lambda: chat.text(".from-assistant .message-body") == "Mine.")
-        assert chat.text(".stats") == "edited"
-        chat.driver.refresh()
-        chat.wait(lambda: len(chat.all(".message")) == 2)
+        answers(chat, "Mine.")
+        chat.becomes(lambda: chat.text(".stats"), "edited")
+        chat.reload()
+        answers(chat, "Mine.")
     chat.click('[aria-label="Regenerate answer"]')
     chat.finish()
-    assert "3 tokens" in chat.text(".stats") and "edited" not in chat.text(".stats")
+    assert chat.wait(lambda: "3 tokens" in (text := chat.text(".stats")) and "edited" not in text)
 
 
 def test_the_message_field_has_the_focus(chat: Browser, script: Script) -> None:
     """One may type at once, except where a keyboard would come up and hide half of the page."""
-    field = "return document.activeElement.id"
     for place in ("", "#chat"):
         chat.open(f"{script.url}/{place}")
-        chat.wait(lambda: chat.run(field) == "composer-input")
+        chat.becomes(chat.focused, "composer-input")
     chat.type("Hi", Keys.ENTER)
     chat.finish()
     assert script.requests[-1]["messages"] == [{"role": "user", "content": "Hi"}]
-    chat.driver.refresh()
-    chat.wait(lambda: chat.run(field) == "composer-input")
+    chat.reload()
+    chat.becomes(chat.focused, "composer-input")
 
 
 def test_icons_stay_when_the_server_is_gone(chat: Browser) -> None:
@@ -131,9 +135,8 @@ def test_icons_stay_when_the_server_is_gone(chat: Browser) -> None:
         chat.run("document.querySelector('.from-user [aria-label=\"Edit message\"]').click()")
         chat.send("more")
         chat.wait(lambda: chat.all("#messages .error-box .icon"))
-        for icon in chat.all("svg.icon"):
-            assert chat.run("return arguments[0].querySelectorAll('path, rect, circle').length", icon)
-        assert not chat.all("use")
+        empty = "return document.querySelectorAll('svg.icon:not(:has(path, rect, circle)), use').length"
+        chat.becomes(partial(chat.run, empty), 0)
     finally:
         chat.driver.delete_network_conditions()
 
@@ -159,10 +162,10 @@ def test_formulas(chat: Browser, script: Script) -> None:
     """They are set by KaTeX, under the page's policy; what it does not understand stays as it was written."""
     script.deltas = [{"content": FORMULAS[at : at + 5]} for at in range(0, len(FORMULAS), 5)]
     chat.ask("math")
-    chat.wait(lambda: len(chat.all(".formula.is-set .katex")) == 5)
-    assert len(chat.all(".formula.block.is-set .katex-display")) == 2
+    chat.becomes(lambda: len(chat.all(".formula.is-set .katex")), 5)
+    chat.becomes(lambda: len(chat.all(".formula.block.is-set .katex-display")), 2)
     assert "costs $5, not $6." in chat.text(".from-assistant .message-body")
-    assert [found.text for found in chat.all(".formula:not(.is-set)")] == ["\\frac{1"]
+    chat.becomes(lambda: chat.texts(".formula:not(.is-set)"), ["\\frac{1"])
     fonts = "return document.fonts.ready.then(() => [...document.fonts].filter((f) => f.status === 'loaded').length)"
     assert chat.wait(lambda: chat.run(fonts) >= 3)
     styled = "return [...document.querySelectorAll('.katex-html [style]')].map((n) => n.getAttribute('style'))"
@@ -177,23 +180,21 @@ def test_rename_export_delete(chat: Browser, tmp_path: Path) -> None:
     chat.ask("A question")
     chat.run("document.querySelector('[aria-label^=Rename]').click()")
     chat.type(Keys.CONTROL, "a", Keys.NULL, "New/ name", Keys.ENTER)
-    assert chat.text(".conversation-title") == "New/ name"
+    chat.becomes(lambda: chat.texts(".conversation-title"), ["New/ name"])
     chat.run("document.querySelector('[aria-label^=Export]').click()")
     file = tmp_path / "New-name.json"
-    chat.wait(lambda: file.exists() and file.stat().st_size > 0)  # the browser makes the file, then fills it
-    exported = json.loads(file.read_text())
+    exported = chat.wait(lambda: json.loads(file.read_text()))  # the browser makes the file, then fills it
     assert [message["content"] for message in exported["messages"]] == ["A question", "Hello **world**."]
     chat.run("document.querySelector('[aria-label^=Delete]').click()")
-    assert not chat.all(".message") and not chat.all(".conversation-title")
+    chat.gone(".message", ".conversation-title")
     chat.click(".notice button")
-    assert chat.text(".conversation-title") == "New/ name"
+    chat.becomes(lambda: chat.texts(".conversation-title"), ["New/ name"])
 
 
 def test_models_and_adapters(chat: Browser, script: Script) -> None:
     script.models = [card(), card(f"lora {HOSTILE}", parent=MODEL)]
-    chat.driver.refresh()
-    group = chat.wait(lambda: chat.all("#model optgroup"))[0]
-    assert group.get_attribute("label") == f"Adapters for {MODEL}"
+    chat.reload()
+    chat.becomes(lambda: chat.attribute("#model optgroup", "label"), f"Adapters for {MODEL}")
     chat.run("const s = document.getElementById('model'); s.selectedIndex = 1; s.dispatchEvent(new Event('change'))")
     chat.ask("hi")
     assert script.requests[0]["model"] == f"lora {HOSTILE}"
@@ -203,16 +204,17 @@ def test_models_and_adapters(chat: Browser, script: Script) -> None:
 def test_errors_are_shown_and_can_be_tried_again(chat: Browser, script: Script) -> None:
     script.status = 400
     chat.send(f"hi {HOSTILE}")
-    assert chat.text(".error-box p").startswith("No <b><img")
+    chat.wait(lambda: chat.text(".error-box p").startswith("No <b><img"))
     script.says("Half an", " answer")
     script.deltas.insert(1, {"error": {"message": "the engine stopped", "code": 500}})
     chat.click(".error-box button")
     chat.wait(lambda: "The engine stopped." in chat.text(".error-box p"))
-    assert chat.text(".from-assistant .message-body") == "Half an"
+    answers(chat, "Half an")
     script.says("Whole.")
     chat.click(".error-box button")
     chat.finish()
-    assert chat.text(".from-assistant .message-body") == "Whole." and not chat.all("#messages .error-box")
+    answers(chat, "Whole.")
+    chat.gone("#messages .error-box")
     assert chat.driver.title == "Octavo"
 
 
@@ -221,7 +223,7 @@ def test_reasoning_is_folded(chat: Browser, script: Script) -> None:
     assert chat.ask("hm") == "Done."
     assert not chat.all(".reasoning-text p")
     chat.click(".reasoning summary")
-    assert chat.text(".reasoning-text") == "Let me think."
+    chat.becomes(lambda: chat.text(".reasoning-text"), "Let me think.")  # the event `toggle` comes later
     chat.ask("next")
     assert script.requests[1]["messages"][1] == {"role": "assistant", "content": "Done."}
 
@@ -232,10 +234,10 @@ def test_tool_calls_and_their_results(chat: Browser, script: Script) -> None:
 
     script.deltas = [piece('{"city": ', id="call-1", function={"name": "weather"}), piece('"Paris"}')]
     chat.ask("weather?")
-    assert chat.text(".tool-call p") == "Call to weather"
+    chat.becomes(lambda: chat.text(".tool-call p"), "Call to weather")
     assert json.loads(chat.text(".tool-call pre")) == {"city": "Paris"}
     script.says("Sunny.")
-    chat.find(".tool-results textarea").send_keys("25 degrees")
+    chat.fill(".tool-results textarea", "25 degrees")
     chat.click(".tool-results button")
     chat.finish()
     call = {"id": "call-1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
@@ -303,6 +305,7 @@ def test_hostile_text_is_inert(chat: Browser, script: Script) -> None:
     script.deltas.append({"tool_calls": [call]})
     chat.ask(HOSTILE)
     chat.click(".reasoning summary")
+    chat.wait(lambda: chat.text(".reasoning-text").count("hacked") > 9)
     seen = chat.run(LOOK)
     assert not {"script", "img", "iframe", "style", "base", "object", "embed", "link"} & set(seen["tags"])
     assert not [name for name in seen["attributes"] if name.startswith("on") or name in ("style", "srcdoc", "src")]
@@ -311,9 +314,9 @@ def test_hostile_text_is_inert(chat: Browser, script: Script) -> None:
     for protocol, rel, target in seen["links"]:
         assert protocol in ("http:", "https:", "mailto:") and "noopener" in rel and target == "_blank"
     assert chat.driver.title == "Octavo"
-    assert HOSTILE[:40] in chat.text(".conversation-title") or "<img" in chat.text(".conversation-title")
-    chat.driver.refresh()
-    chat.wait(lambda: len(chat.all(".message")) == 2)
+    chat.wait(lambda: "<img" in chat.text(".conversation-title"))
+    chat.reload()
+    chat.becomes(lambda: len(chat.all(".message")), 2)
     assert chat.driver.title == "Octavo"
 
 
@@ -334,6 +337,8 @@ def test_the_policy_of_the_page_forbids_what_slips_through(chat: Browser) -> Non
     complaints = chat.wait(lambda: [line for line in chat.errors() if "x.png" in line])
     assert "Content Security Policy" in complaints[0]
     assert chat.driver.title == "Octavo"
+    chat.open("about:blank")
+    chat.errors()  # another complaint about the same may have come since
 
 
 RENDER = """
@@ -429,20 +434,15 @@ TANGLED = [
 
 def test_tangled_text_costs_little(chat: Browser) -> None:
     body = """
-        const costs = [];
-        for (const text of values) {
-          const place = document.createElement("div");
-          const begin = performance.now();
-          new module.MarkdownView(place).update(text);
-          const depth = (node) => 1 + Math.max(0, ...[...node.children].slice(0, 100).map(depth));
-          costs.push([performance.now() - begin, depth(place)]);
-        }
-        return costs;
+        const place = document.createElement("div");
+        new module.MarkdownView(place).update(values[0]);
+        const depth = (node) => 1 + Math.max(0, ...[...node.children].slice(0, 100).map(depth));
+        return depth(place);
     """
-    costs = chat.module("markdown.js", body, *TANGLED)
-    for text, (milliseconds, depth) in zip(TANGLED, costs, strict=True):
-        assert milliseconds < 3000, text[:20]
-        assert depth < 120, text[:20]
+    for text in TANGLED:
+        begin = chat.cpu_seconds()
+        assert chat.module("markdown.js", body, text) < 120, text[:20]
+        assert chat.cpu_seconds() - begin < 3, text[:20]
 
 
 # -- looks and hands ---------------------------------------------------------------------------------------------
@@ -456,17 +456,17 @@ def brightness(browser: Browser) -> int:
 
 
 def test_dark_and_light(chat: Browser) -> None:
-    assert brightness(chat) > 230
+    chat.wait(lambda: brightness(chat) > 230)
     chat.prefer("dark")
-    assert chat.wait(lambda: brightness(chat) < 40)
+    chat.wait(lambda: brightness(chat) < 40)
     chat.click("#theme-toggle")
-    assert brightness(chat) > 230
-    chat.driver.refresh()
-    assert brightness(chat) > 230
+    chat.wait(lambda: brightness(chat) > 230)
+    chat.reload()
+    chat.wait(lambda: brightness(chat) > 230)
     chat.click("#theme-toggle")
-    assert brightness(chat) < 40
+    chat.wait(lambda: brightness(chat) < 40)
     chat.prefer("light")  # the choice was that of the system, so the page follows it
-    assert chat.wait(lambda: brightness(chat) > 230)
+    chat.wait(lambda: brightness(chat) > 230)
 
 
 CONTRAST = """
@@ -489,6 +489,7 @@ CONTRAST = """
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast(chat: Browser, scheme: str) -> None:
     chat.prefer(scheme)
+    chat.wait(lambda: (brightness(chat) < 128) == (scheme == "dark"))
     grounds = ["--page", "--side", "--surface", "--raised", "--hover", "--said", "--code", "--code-head"]
     pairs = [(text, ground) for text in ("--text", "--text-quiet") for ground in grounds]
     pairs += [("--accent", ground) for ground in ("--page", "--side", "--surface", "--accent-soft")]
@@ -508,24 +509,22 @@ def test_nothing_is_wider_than_the_screen(chat: Browser, script: Script, width: 
     for place in ("", "#dashboard", "docs"):
         chat.open(f"{script.url}/{place}" if place else chat.driver.current_url)
         chat.wait(lambda: chat.run("return document.readyState === 'complete' && document.body.innerText.length > 20"))
-        assert chat.run("return document.documentElement.scrollWidth") <= width, place
-
-
-def is_hidden(page: Browser, selector: str) -> bool:
-    return not page.all(selector)[0].is_displayed()
+        chat.wait(lambda: chat.run("return document.documentElement.scrollWidth") <= width, f"no more width at {place}")
 
 
 def test_side_panels_on_a_phone(chat: Browser) -> None:
     chat.resize(360, 700)
-    chat.driver.refresh()
+    chat.reload()
     for name in ("sidebar", "settings"):
-        chat.wait(partial(is_hidden, chat, f"#{name}"))
+        contains = f"return document.getElementById('{name}').contains(document.activeElement)"
+        chat.hidden(f"#{name}")
         chat.click(f"#{name}-toggle")
-        assert chat.find(f"#{name}") and chat.run("return document.getElementById('talk').inert")
-        assert chat.run(f"return document.getElementById('{name}').contains(document.activeElement)")
+        chat.find(f"#{name}")
+        chat.becomes(partial(chat.run, "return document.getElementById('talk').inert"), True)
+        chat.becomes(partial(chat.run, contains), True)
         chat.type(Keys.ESCAPE)
-        assert not chat.all(f"#{name}")[0].is_displayed()
-        assert chat.driver.switch_to.active_element.get_attribute("id") == f"{name}-toggle"
+        chat.hidden(f"#{name}")
+        chat.becomes(chat.focused, f"{name}-toggle")
 
 
 def test_keyboard(chat: Browser) -> None:
@@ -544,8 +543,8 @@ def test_keyboard(chat: Browser) -> None:
     assert order[0] == "skip-link"
     steps = ["sidebar-toggle", "Dashboard", "theme-toggle", "new-chat", "composer-input", "model", "settings-toggle"]
     assert [step for step in order if step in steps] == steps
-    chat.find("#composer-input").send_keys("one", Keys.SHIFT, Keys.ENTER, Keys.NULL, "two")
-    assert chat.find("#composer-input").get_attribute("value") == "one\ntwo"
+    chat.fill("#composer-input", "one", Keys.SHIFT, Keys.ENTER, Keys.NULL, "two")
+    chat.becomes(lambda: chat.attribute("#composer-input", "value"), "one\ntwo")
 
 
 def test_everything_has_a_name(chat: Browser) -> None:
@@ -570,12 +569,12 @@ def test_the_dashboard_lists_models_and_adapters(chat: Browser, script: Script) 
     old, now = 'waiting_lora_adapters="pirate",running_lora_adapters=""', 'running_lora_adapters="pirate,x"'
     script.metrics = f"vllm:lora_requests_info{{{old}}} 5\nvllm:lora_requests_info{{{now}}} 6\n"
     chat.open(f"{script.url}/#dashboard")
-    rows = chat.wait(lambda: [row.text for row in chat.all(".models tbody tr")])
-    assert rows == [
+    rows = [
         f"{MODEL} Base model 4,096 tokens Text, images",
         f"poet {HOSTILE} Adapter of {MODEL} 4,096 tokens Text",
         f"pirate Adapter of {MODEL} 4,096 tokens Text running",
     ]
+    chat.becomes(lambda: chat.texts(".models tbody tr"), rows)
     assert chat.driver.title == "Dashboard – Octavo"
 
 

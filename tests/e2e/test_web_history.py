@@ -6,7 +6,6 @@ import base64
 import json
 import struct
 import zlib
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +28,55 @@ def png(width: int = 3, height: int = 2) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-def texts(chat: Browser, role: str) -> list[str]:
-    return [found.text for found in chat.all(f".from-{role} .message-body")]
+def shows(chat: Browser, role: str, *texts: str) -> None:
+    """Waits until these are the messages of a role."""
+    chat.becomes(lambda: chat.texts(f".from-{role} .message-body"), list(texts))
+
+
+def lists(chat: Browser, *titles: str) -> None:
+    """Waits until these are the conversations in the list."""
+    chat.becomes(lambda: chat.texts(".conversation-title"), list(titles))
+
+
+def version(chat: Browser) -> str | None:
+    return chat.attribute(".versions", "aria-label")
 
 
 def sent(script: Script) -> list[Any]:
-    """Contents of the messages in the last request."""
+    """Contents of the messages in the last request. It was answered, so it is there."""
     return [message["content"] for message in script.requests[-1]["messages"]]
 
 
 def press(chat: Browser, label: str, number: int = -1) -> None:
     """Clicks a button that is shown when something points at it."""
-    chat.run("arguments[0].click()", chat.wait(lambda: chat.all(f'[aria-label^="{label}"]'))[number])
+    script = """
+        const found = [...document.querySelectorAll(arguments[0])].at(arguments[1]);
+        found?.click();
+        return found !== undefined;
+    """
+    chat.wait(lambda: chat.run(script, f'[aria-label^="{label}"]', number), label)
 
 
-def has_notice(chat: Browser, text: str) -> bool:
-    return chat.text(".notice") == text
+def notes(chat: Browser, text: str) -> None:
+    """Waits for a notice."""
+    chat.becomes(lambda: chat.texts(".notice span"), [text])
+
+
+def has(chat: Browser, selector: str, number: int) -> None:
+    """Waits until there are so many such elements."""
+    chat.becomes(lambda: len(chat.all(selector)), number)
 
 
 def attach(chat: Browser, *paths: Path) -> None:
     num = len(chat.all("#composer-attachments li"))
     chat.all("#file-picker")[0].send_keys("\n".join(map(str, paths)))
-    chat.wait(lambda: len(chat.all("#composer-attachments li")) == num + len(paths))
+    has(chat, "#composer-attachments li", num + len(paths))
 
 
 def sees(chat: Browser, script: Script) -> None:
     """Serves a model that takes images."""
     script.models = [SEES]
-    chat.driver.refresh()
+    chat.reload()
     chat.wait(lambda: chat.all('[aria-label="Attach images or text files"]'))
 
 
@@ -68,25 +88,28 @@ def test_versions_of_answers_and_questions(chat: Browser, script: Script) -> Non
     script.says("Otherwise.")
     press(chat, "Regenerate answer")
     chat.finish()
-    assert texts(chat, "assistant") == ["Otherwise."]
+    shows(chat, "assistant", "Otherwise.")
     assert script.requests[1]["messages"] == script.requests[0]["messages"]
     chat.ask("two")
     assert sent(script) == ["one", "Otherwise.", "two"]
     chat.click('[aria-label="Previous version"]')
-    assert texts(chat, "assistant") == ["Hello world."] and texts(chat, "user") == ["one"]
-    assert chat.find(".from-assistant .versions").get_attribute("aria-label") == "Version 1 of 2"
+    shows(chat, "assistant", "Hello world.")
+    shows(chat, "user", "one")
+    chat.becomes(lambda: version(chat), "Version 1 of 2")
     # The focus is on the button that leads back; what followed the other version is there again.
-    assert chat.driver.switch_to.active_element.get_attribute("aria-label") == "Next version"
+    chat.becomes(lambda: chat.focused("aria-label"), "Next version")
     chat.type(Keys.ENTER)
-    assert texts(chat, "user") == ["one", "two"]
+    shows(chat, "user", "one", "two")
     press(chat, "Edit message", 0)
     chat.type(Keys.CONTROL, "a", Keys.NULL, "uno", Keys.ENTER)
     chat.finish()
-    assert sent(script) == ["uno"] and texts(chat, "user") == ["uno"]
-    chat.driver.refresh()
-    chat.wait(lambda: texts(chat, "user") == ["uno"])
+    assert sent(script) == ["uno"]
+    shows(chat, "user", "uno")
+    chat.reload()
+    shows(chat, "user", "uno")
     chat.click('.from-user [aria-label="Previous version"]')
-    assert texts(chat, "user") == ["one", "two"] and texts(chat, "assistant") == ["Otherwise.", "Otherwise."]
+    shows(chat, "user", "one", "two")
+    shows(chat, "assistant", "Otherwise.", "Otherwise.")
 
 
 def test_a_failed_answer_is_no_version(chat: Browser, script: Script) -> None:
@@ -96,25 +119,27 @@ def test_a_failed_answer_is_no_version(chat: Browser, script: Script) -> None:
     script.says("Fine.")
     chat.click("#messages .error-box button")
     chat.finish()
-    assert texts(chat, "assistant") == ["Fine."] and not chat.all(".versions")
+    shows(chat, "assistant", "Fine.")
+    chat.gone(".versions")
 
 
 def test_an_answer_is_continued(chat: Browser, script: Script) -> None:
     script.says("One, ", "two, ", then_waits=True)
     chat.send("count")
-    chat.wait(lambda: texts(chat, "assistant") == ["One, two,"])
+    shows(chat, "assistant", "One, two,")
     chat.type(Keys.ESCAPE)
     chat.finish()
     script.go_on()
     script.says(" three.")
     chat.click('[aria-label="Continue answer"]')
     chat.finish()
-    assert texts(chat, "assistant") == ["One, two, three."]
+    shows(chat, "assistant", "One, two, three.")
     request = script.requests[1]
     assert request["messages"][-1] == {"role": "assistant", "content": "One, two,"}
     assert request["continue_final_message"] is True and request["add_generation_prompt"] is False
     # It is done now, and both parts count.
-    assert not chat.all('[aria-label="Continue answer"]') and chat.text(".stats").startswith("4 tokens")
+    chat.gone('[aria-label="Continue answer"]')
+    chat.wait(lambda: chat.text(".stats").startswith("4 tokens"))
     chat.ask("more")
     assert "continue_final_message" not in script.requests[2]
 
@@ -158,16 +183,16 @@ def test_images_are_sent_shown_and_kept(chat: Browser, script: Script, tmp_path:
     assert first == {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b64(png())}"}}
     assert second["image_url"]["url"].startswith("data:image/png;base64,")
     assert text == {"type": "text", "text": "What is this?"}
-    assert not chat.all("#composer-attachments li")
-    chat.driver.refresh()
+    chat.gone("#composer-attachments li")
+    chat.reload()
     widths = "return [...document.querySelectorAll('.from-user img')].map((image) => image.naturalWidth)"
-    chat.wait(lambda: chat.run(widths) == [3, 2560])  # the large one was scaled down
+    chat.becomes(lambda: chat.run(widths), [3, 2560])  # the large one was scaled down
     chat.ask("And now?")
     assert sent(script)[0][:2] == [first, second]
     chat.click(".from-user li:first-child .thumbnail")
-    chat.wait(lambda: chat.run("return document.querySelector('.viewer img').naturalWidth") == 3)
+    chat.becomes(lambda: chat.run("return document.querySelector('.viewer img').naturalWidth"), 3)
     chat.type(Keys.ESCAPE)
-    chat.wait(lambda: not chat.all(".viewer"), "the end of the viewer")  # its event `close` comes a moment later
+    chat.gone(".viewer")
 
 
 def b64(data: bytes) -> str:
@@ -178,15 +203,15 @@ def test_a_message_may_be_an_image_alone_and_lose_it(chat: Browser, script: Scri
     (path := tmp_path / "a.png").write_bytes(png())
     (moving := tmp_path / "b.gif").write_bytes(GIF)
     sees(chat, script)
-    assert not chat.find("#send").is_enabled()
+    chat.wait(lambda: not chat.find("#send").is_enabled())
     attach(chat, path, moving)
     press(chat, "Remove a.png")
-    assert len(chat.all("#composer-attachments li")) == 1
+    has(chat, "#composer-attachments li", 1)
     chat.click("#send")
     chat.finish()
     (part,) = sent(script)[0]  # as one frame, which any server takes
     assert part["image_url"]["url"].startswith("data:image/png;base64,")
-    assert chat.text(".conversation-title") == "b.gif"
+    lists(chat, "b.gif")
     press(chat, "Edit message")
     chat.type("Hm?")
     press(chat, "Remove b.gif")
@@ -205,21 +230,22 @@ def test_texts_are_dropped_and_pasted(chat: Browser, script: Script, tmp_path: P
         document.querySelector(target).dispatchEvent(event);
         return event.defaultPrevented;
     """
-    assert chat.run(give, "#thread", "dragover", "a.md", "") and chat.text("#drop-hint") == "Drop text files here"
+    assert chat.run(give, "#thread", "dragover", "a.md", "")
+    chat.becomes(lambda: chat.text("#drop-hint"), "Drop text files here")
     assert chat.run(give, "#thread", "drop", "a.md", "# A\n```js\n1\n```") and chat.find("#composer")
-    chat.wait(lambda: len(chat.all("#composer-attachments li")) == 1)
-    assert not chat.all("#drop-hint")[0].is_displayed()
+    has(chat, "#composer-attachments li", 1)
+    chat.hidden("#drop-hint")
     chat.run(give, "#composer-input", "paste", "b", "plain")
-    chat.wait(lambda: len(chat.all("#composer-attachments li")) == 2)
+    has(chat, "#composer-attachments li", 2)
     chat.run(give, "#thread", "drop", "c.png", "x")
-    assert chat.wait(lambda: chat.text(".notice")) == "c.png is an image, which this model does not take."
+    notes(chat, "c.png is an image, which this model does not take.")
     (binary := tmp_path / "d.bin").write_bytes(b"\xff\xfe\0")
     chat.all("#file-picker")[0].send_keys(str(binary))
-    chat.wait(lambda: chat.text(".notice") == "d.bin is neither an image nor a text.")
+    notes(chat, "d.bin is neither an image nor a text.")
     chat.ask("Which?")
     assert sent(script) == ["a.md:\n\n````md\n# A\n```js\n1\n```\n````\n\nb:\n\n```\nplain\n```\n\nWhich?"]
     chat.click(".from-user .text-chip")
-    assert chat.text(".viewer pre") == "plain"
+    chat.becomes(lambda: chat.text(".viewer pre"), "plain")
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------
@@ -233,9 +259,10 @@ def test_conversations_of_earlier_versions_move(chat: Browser, script: Script) -
     chat.run("localStorage['octavo:/:conversation:bad'] = '{'")
     for _ in range(2):
         chat.open(f"{script.url}/#chat/abc")
-        chat.wait(lambda: texts(chat, "assistant") == ["A."])
-        assert "stopped" in chat.text(".stats") and len(chat.all(".conversation-title")) == 1
-        assert "conversation:" not in chat.run("return Object.keys(localStorage).join()")
+        shows(chat, "assistant", "A.")
+        chat.wait(lambda: "stopped" in chat.text(".stats"))
+        has(chat, ".conversation-title", 1)
+        chat.wait(lambda: "conversation:" not in chat.run("return Object.keys(localStorage).join()"))
     chat.ask("more")
     assert sent(script) == ["Q?", "A.", "more"] and script.requests[-1]["temperature"] == 0.5
 
@@ -243,23 +270,26 @@ def test_conversations_of_earlier_versions_move(chat: Browser, script: Script) -
 def test_an_answer_that_was_running_is_kept(chat: Browser, script: Script) -> None:
     script.says("Half ", "an answer", then_waits=True)
     chat.send("go on")
-    chat.wait(lambda: texts(chat, "assistant") == ["Half an answer"])
-    chat.driver.refresh()
-    chat.wait(lambda: texts(chat, "assistant") == ["Half an answer"])
-    assert "stopped" in chat.text(".stats")
+    shows(chat, "assistant", "Half an answer")
+    chat.reload()
+    shows(chat, "assistant", "Half an answer")
+    chat.wait(lambda: "stopped" in chat.text(".stats"))
     script.go_on()
 
 
 def test_tabs_see_each_others_conversations(chat: Browser, script: Script) -> None:
     first = chat.driver.current_window_handle
     chat.driver.switch_to.new_window("tab")
+    other = chat.driver.current_window_handle
     try:
         chat.open(script.url)
         chat.ask("from the other tab")
+        chat.driver.switch_to.window(first)
+        lists(chat, "from the other tab")  # it is stored after the answer, by a tab that is still open
     finally:
+        chat.driver.switch_to.window(other)
         chat.driver.close()
         chat.driver.switch_to.window(first)
-    chat.wait(lambda: [found.text for found in chat.all(".conversation-title")] == ["from the other tab"])
 
 
 def test_storage_that_is_full(chat: Browser, script: Script) -> None:
@@ -267,7 +297,7 @@ def test_storage_that_is_full(chat: Browser, script: Script) -> None:
     chat.driver.execute_cdp_cmd("Storage.overrideQuotaForOrigin", quota)
     try:
         chat.ask("x" * 1000)
-        assert chat.text(".notice span").startswith("The browser's storage is full.")
+        notes(chat, "The browser's storage is full. Export and delete some conversations.")
         assert chat.ask("next") == "Hello world."
     finally:
         chat.driver.execute_cdp_cmd("Storage.overrideQuotaForOrigin", {"origin": script.url})
@@ -302,26 +332,27 @@ def test_search(chat: Browser, script: Script) -> None:
     chat.ask("Tea or coffee")
     chat.type(Keys.CONTROL, "k")
     chat.type("loire RIVER")
-    chat.wait(lambda: [found.text for found in chat.all(".conversation-title")] == ["Longest river in France?"])
-    assert chat.text(".conversation-snippet mark") == "Loire"
+    lists(chat, "Longest river in France?")
+    chat.becomes(lambda: chat.text(".conversation-snippet mark"), "Loire")
     chat.type(Keys.ENTER)
     # The branch that has the words is shown.
-    assert chat.wait(lambda: texts(chat, "assistant") == ["The Loire, of course."])
+    shows(chat, "assistant", "The Loire, of course.")
     chat.click("#search")
     chat.type(Keys.ESCAPE)
-    assert len(chat.all(".conversation-title")) == 2
+    has(chat, ".conversation-title", 2)
     chat.type("nowhere")
-    chat.wait(lambda: chat.text(".conversations .empty") == "Nothing found")
+    chat.becomes(lambda: chat.text(".conversations .empty"), "Nothing found")
 
 
 def test_a_long_list_is_shown_in_parts(chat: Browser, script: Script, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "x"}]
     (path := tmp_path / "x.json").write_text(json.dumps([{"title": str(i), "messages": messages} for i in range(201)]))
     chat.all("#import-picker")[0].send_keys(str(path))
-    chat.wait(lambda: len(chat.all(".conversation-title")) == 200)
+    has(chat, ".conversation-title", 200)
     chat.run("document.querySelector('.conversations .button').click()")
-    assert len(chat.all(".conversation-title")) == 201 and not chat.all(".conversations .button")
-    assert chat.driver.switch_to.active_element.get_attribute("title") == "200"
+    has(chat, ".conversation-title", 201)
+    chat.gone(".conversations .button")
+    chat.becomes(lambda: chat.focused("title"), "200")
 
 
 def test_export_and_import_of_everything(chat: Browser, script: Script, tmp_path: Path) -> None:
@@ -337,20 +368,20 @@ def test_export_and_import_of_everything(chat: Browser, script: Script, tmp_path
     chat.click("#new-chat")
     chat.ask("second")
     chat.click("#export-all")
-    (file,) = chat.wait(lambda: [found for found in tmp_path.glob("octavo-chats-*.json") if found.stat().st_size])
-    exported = json.loads(file.read_text())
+    (file,) = chat.wait(lambda: list(tmp_path.glob("octavo-chats-*.json")))
+    exported = chat.wait(lambda: json.loads(file.read_text()))  # the browser makes the file, then fills it
     assert [len(conversation["messages"]) for conversation in exported["conversations"]] == [2, 3]
     chat.open("about:blank")
     chat.clear(script.url)
     chat.open(script.url)
-    chat.wait(lambda: chat.text(".conversations .empty") == "No conversations yet")
+    chat.becomes(lambda: chat.text(".conversations .empty"), "No conversations yet")
     for expected in ("Imported 2 conversations, 1 prompt.", "Imported 0 conversations, 2 already here."):
         chat.all("#import-picker")[0].send_keys(str(file))
-        chat.wait(partial(has_notice, chat, expected))
-    assert [found.text for found in chat.all(".conversation-title")] == ["second", "first"]
+        notes(chat, expected)
+    lists(chat, "second", "first")
     chat.click(".conversations li:last-child a")
-    chat.wait(lambda: chat.run("return document.querySelector('.from-user img')?.naturalWidth") == 3)
-    assert chat.find(".versions").get_attribute("aria-label") == "Version 2 of 2"
+    chat.becomes(lambda: chat.run("return document.querySelector('.from-user img')?.naturalWidth"), 3)
+    chat.becomes(lambda: version(chat), "Version 2 of 2")
     assert "P" in chat.run("return localStorage['octavo:/:prompts']")
 
 
@@ -373,9 +404,10 @@ def test_files_that_are_no_export(chat: Browser, script: Script, tmp_path: Path)
         chat.wait(lambda: chat.text(".notice").startswith("x.json was not imported: T"))
     path.write_text(json.dumps([hostile_conversation()]))
     chat.all("#import-picker")[0].send_keys(str(path))
-    chat.wait(lambda: chat.text(".notice") == "Imported 1 conversation.")
+    notes(chat, "Imported 1 conversation.")
     chat.click(".conversations a")
-    assert texts(chat, "user") == [HOSTILE] and chat.driver.title == "Octavo"
+    shows(chat, "user", HOSTILE)
+    assert chat.driver.title == "Octavo"
     chat.wait(lambda: "is missing" in chat.text(".from-user .thumbnail"))
     chat.ask("go on")
     assert HOSTILE in sent(script)[0] and "is missing" in sent(script)[0]
@@ -386,33 +418,37 @@ def test_files_that_are_no_export(chat: Browser, script: Script, tmp_path: Path)
 
 
 def test_saved_prompts(chat: Browser, script: Script) -> None:
-    chat.find("#composer-input").send_keys("Translate into Latin: ")
+    chat.fill("#composer-input", "Translate into Latin: ")
     chat.click("#prompts")
     chat.click("#prompt-new")
+    chat.becomes(chat.focused, "prompt-title")
     chat.type("Latin", Keys.TAB, Keys.TAB, Keys.TAB, Keys.ENTER)
-    assert [found.text for found in chat.all(".prompt-title")] == ["Latin"]
+    chat.becomes(lambda: chat.texts(".prompt-title"), ["Latin"])
     chat.click("#prompt-new")
-    chat.find("#prompt-text").send_keys(Keys.CONTROL, "a", Keys.NULL, "Be brief.")
+    chat.fill("#prompt-text", Keys.CONTROL, "a", Keys.NULL, "Be brief.")
     chat.click("#prompts-dialog [type=submit]")
-    assert [found.text for found in chat.all(".prompt-title")] == ["Be brief.", "Latin"]
+    chat.becomes(lambda: chat.texts(".prompt-title"), ["Be brief.", "Latin"])
     press(chat, "Use as system prompt: Be brief.")
-    chat.find("#composer-input").send_keys(Keys.CONTROL, "a", Keys.DELETE)
-    chat.driver.refresh()
+    chat.gone("#prompts-dialog")
+    chat.fill("#composer-input", Keys.CONTROL, "a", Keys.DELETE)
+    chat.reload()
     chat.click("#prompts")
-    chat.find("#prompts-filter").send_keys("latin", Keys.ENTER)
-    assert not chat.all("#prompts-dialog")
+    chat.fill("#prompts-filter", "latin", Keys.ENTER)
+    chat.gone("#prompts-dialog")
+    chat.becomes(chat.focused, "composer-input")
     chat.type("world", Keys.ENTER)
     chat.finish()
     assert sent(script) == ["Be brief.", "Translate into Latin: world"]
     chat.click("#prompts")
     press(chat, "Delete: Latin")
-    assert [found.text for found in chat.all(".prompt-title")] == ["Be brief."]
+    chat.becomes(lambda: chat.texts(".prompt-title"), ["Be brief."])
 
 
 def test_the_prompts_fit_a_phone(chat: Browser) -> None:
     chat.resize(390, 700)
     chat.run("localStorage['octavo:/:prompts'] = JSON.stringify([{ id: '1', title: 'T'.repeat(99), text: 'P' }])")
     chat.click("#prompts")
+    chat.find("#prompts-dialog")
     assert chat.run("return document.documentElement.scrollWidth") <= 390
     sizes = "return document.getElementById('prompts-dialog').getBoundingClientRect().width"
     assert chat.run(sizes) <= 390 - 16

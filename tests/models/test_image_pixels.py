@@ -33,7 +33,7 @@ def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 def values(image: ProcessedImage) -> np.ndarray[Any, Any]:
     """float32 [patches, columns]: what the encoder reads."""
-    patches, levels = to_array(image.patches), to_array(image.levels)
+    patches, levels = np.concatenate([to_array(each) for each in image.patches]), to_array(image.levels)
     channels = np.repeat(np.arange(3), patches.shape[1] // 3)
     found: np.ndarray[Any, Any] = levels[channels, patches]
     return found

@@ -21,7 +21,7 @@ from executor.nodes.links import LinkError, NetworkLinks, NetworkTarget
 from executor.parallel import places
 
 RANKS = places(ParallelConfig(pipeline_parallel_size=3, nnodes=3))
-DEADLINE = 10.0
+DEADLINE = 60.0
 
 
 def open_links(stack: ExitStack, missing: int | None = None) -> list[NetworkLinks | None]:

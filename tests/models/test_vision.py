@@ -122,23 +122,32 @@ class Engine:
 
     def run(self) -> dict[int, Answer]:
         while True:
-            planned = self.scheduler.schedule() if len(self.in_flight) < 2 else None
+            planned = self.plan() if len(self.in_flight) < 2 else None
             if planned is not None:
                 self.in_flight.append(planned)
-                self.encoded += [str(entry) for entry in planned[0].encoder_inputs]
                 continue
             if not self.in_flight:
                 return self.answers
-            plan, step = self.in_flight.popleft()
-            with torch.inference_mode():
-                result = self.runner.execute(plan)
-            for output in self.scheduler.update_from_output(step, result).outputs:
-                assert output.error is None
-                answer = self.answers[output.index]
-                answer.tokens += output.new_token_ids
-                answer.logprobs += [entry.logprobs + entry.token_ids for entry in output.new_logprobs]
-                answer.num_cached = output.num_cached_tokens or answer.num_cached
-            self.scheduler.check_integrity()
+            self.take(self.in_flight.popleft())
+
+    def plan(self) -> Any:
+        planned = self.scheduler.schedule()
+        if planned is not None:
+            self.encoded += [str(entry) for entry in planned[0].encoder_inputs]
+        return planned
+
+    def take(self, planned: Any) -> None:
+        """Computes a step."""
+        plan, step = planned
+        with torch.inference_mode():
+            result = self.runner.execute(plan)
+        for output in self.scheduler.update_from_output(step, result).outputs:
+            assert output.error is None
+            answer = self.answers[output.index]
+            answer.tokens += output.new_token_ids
+            answer.logprobs += [entry.logprobs + entry.token_ids for entry in output.new_logprobs]
+            answer.num_cached = output.num_cached_tokens or answer.num_cached
+        self.scheduler.check_integrity()
 
 
 def prompt(name: str, *counts: int) -> list[int]:
@@ -197,13 +206,14 @@ def test_neighbours_and_chunks_change_no_bit(name: str, step: int) -> None:
     answers = engine.run()
     for index, each in alone(name).items():
         assert (answers[index].tokens, answers[index].logprobs) == (each.tokens, each.logprobs), index
-    assert len(engine.encoded) == 2, "each image is encoded once"
+    num_parts = sum(len(picture.image.patches) for picture in requests(name)[2][1])
+    assert len(engine.encoded) == num_parts, "each image is encoded once"
     for index, (tokens, pictures) in requests(name).items():
         engine.add(index + 10, tokens, pictures)
     again = engine.run()
     for index, each in alone(name).items():
         assert (again[index + 10].tokens, again[index + 10].logprobs) == (each.tokens, each.logprobs)
-    assert len(engine.encoded) == 2
+    assert len(engine.encoded) == num_parts
     assert again[14].num_cached >= BLOCK_SIZE or name == "qwen3_5"  # whose states are kept for each 256 tokens
 
 
@@ -259,16 +269,43 @@ def test_preempted_requests_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_restarted_workers_get_the_images_again() -> None:
-    engine = Engine("llava", 40)
-    tokens, pictures = requests("llava")[2]
+@pytest.mark.parametrize("name", ["llava", "idefics3", "llava_next"])
+def test_restarted_workers_get_the_images_again(name: str) -> None:
+    """Also in the middle of one."""
+    engine = Engine(name, 40)
+    tokens, pictures = requests(name)[2]
     engine.add(2, tokens, pictures)
     plan, step = engine.scheduler.schedule() or pytest.fail()
     with torch.inference_mode():
         engine.scheduler.update_from_output(step, engine.runner.execute(plan))
     engine.scheduler.restart()
     engine.images._outputs.clear()
-    assert engine.run()[2].tokens == alone("llava")[2].tokens
+    assert engine.run()[2].tokens == alone(name)[2].tokens
+
+
+@pytest.mark.parametrize("name", ["idefics3", "llava_next"])
+def test_answers_go_on_between_the_tiles_of_an_image(name: str) -> None:
+    engine = Engine(name, 40)
+    engine.add(3, *requests(name)[3])
+    engine.take(engine.plan())
+    engine.add(1, *requests(name)[1])
+    (slot,) = engine.scheduler.table.running.tolist()
+    sizes = [feature.num_patches for feature in with_images(name, *requests(name)[1])[1]]
+    num_steps = 0
+    while len(engine.encoded) < len(sizes):
+        plan, step = engine.plan()
+        if slot in engine.scheduler.table.running.tolist():
+            chosen = [sizes[index] for _, index in plan.encoder_inputs]
+            assert slot in step.slots and (len(chosen) <= 1 or sum(chosen) <= 40)
+            num_steps += 1
+        engine.take((plan, step))
+    assert num_steps >= 2
+    answers = engine.run()
+    for index in (1, 3):
+        assert (answers[index].tokens, answers[index].logprobs) == (
+            alone(name)[index].tokens,
+            alone(name)[index].logprobs,
+        )
 
 
 def test_text_alone_runs_the_captured_program(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def request(index: int, rng: random.Random) -> Request:
         tokens += [8 + token % 40 for token in rng.sample(range(40), rng.randint(0, 9))]
         number = rng.randint(1, 6)
         length = 2 + number
-        features.append(MultiModalFeature(f"image {number}", len(tokens), length, length, data=DATA))
+        features.append(MultiModalFeature(f"image {number}", len(tokens), length, length, 4 * number, data=DATA))
         tokens += [IMAGE] * length
     tokens += [8, index % 40]
     message = EngineCoreRequest(
@@ -114,6 +114,42 @@ def test_no_token_is_computed_without_its_image(seed: int, whole: bool) -> None:
             worker = Worker(shape, support)
     assert not scheduler.has_unfinished
     assert scheduler.images.is_idle
+
+
+def with_parts(index: int, count: int) -> Request:
+    """A request with an image in parts."""
+    features = [
+        MultiModalFeature(f"{index}.{part}", 2 + 5 * part, 4, 4, num_patches=100, data=DATA) for part in range(count)
+    ]
+    tokens = [8, 9, *[*[IMAGE] * 4, 10] * count]
+    params = ResolvedParams(max_tokens=20)
+    message = EngineCoreRequest("", index, np.array(tokens, np.int32).tobytes(), params, mm_features=tuple(features))
+    return Request(message)
+
+
+def test_an_image_in_parts_holds_up_nobody() -> None:
+    """A step encodes a part of one image at a time, and has a token of each answer; more if there is no answer."""
+    support = MultiModalSupport(IMAGE, 8, 100)
+    shape = CacheShape((GroupShape(200, BLOCK_SIZE, None),))
+    scheduler = Scheduler(SchedulerConfig(max_num_batched_tokens=32), CacheConfig(), shape, 80, multimodal=support)
+    worker = Worker(shape, support)
+
+    def step() -> SchedulerOutput:
+        plan, step = scheduler.schedule() or pytest.fail()
+        scheduler.update_from_output(step, worker.execute(plan))
+        return plan
+
+    scheduler.add_request(with_parts(0, 6))
+    assert len(step().encoder_inputs) == 6, "nobody else is there"
+    while not scheduler.images.is_idle:
+        step()
+    scheduler.add_request(with_parts(1, 6))
+    scheduler.add_request(with_parts(2, 6))
+    plans = [step()]
+    while not scheduler.images.is_idle and len(plans) < 30:
+        plans.append(step())
+    assert sum(len(plan.encoder_inputs) for plan in plans) == 12
+    assert all(len(plan.encoder_inputs) <= 1 and 0 in i32(plan.slots) for plan in plans[:6])
 
 
 def test_an_image_is_encoded_once() -> None:

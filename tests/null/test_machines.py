@@ -38,8 +38,9 @@ from executor.nodes.messages import NodeHello, NodeStatus
 from executor.nodes.worker_duties import WorkerDuties
 from executor.parallel import SharedByRanks, awaited_from_afar, places
 from tests.null.test_multiproc import FakeChild, Peer
+from tests.ports import free_port
 
-DEADLINE = 30.0
+DEADLINE = 120.0
 MESSAGE = InitKVCache((1,), 1)
 
 
@@ -160,10 +161,12 @@ def key(tmp_path: Path) -> Path:
 
 
 def cluster(key: Path, node_rank: int = 0, port: int = 0, **fields: Any) -> ExecutorConfig:
-    if not port:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = int(free.getsockname()[1])
-    place = {"master_addr": "127.0.0.1", "master_port": port, "cluster_key": str(key), "node_rank": node_rank}
+    place = {
+        "master_addr": "127.0.0.1",
+        "master_port": port or free_port(),
+        "cluster_key": str(key),
+        "node_rank": node_rank,
+    }
     parallel = ParallelConfig(**{"nnodes": 2, "pipeline_parallel_size": 2, **place, **fields})
     return ExecutorConfig(model=ModelConfig(model=str(key.parent / f"model{node_rank}")), parallel=parallel)
 

@@ -31,7 +31,7 @@ class FakeHelper:
 
     def submit(self, name: str, data: bytes, *, owner: str = "") -> Future[bytes]:
         nothing = Tensor("uint8", (0,), b"")
-        image = ProcessedImage(Tensor("uint8", (SIZE,), bytes(SIZE)), nothing, nothing, 1, 1)
+        image = ProcessedImage((Tensor("uint8", (SIZE,), bytes(SIZE)),), nothing, nothing, 1, 1)
         future: Future[bytes] = Future()
         future.set_result(msgspec.msgpack.encode(image))
         return future

@@ -85,7 +85,7 @@ def executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Multip
 
 
 def receive(executor: MultiprocExecutor) -> list[object]:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if messages := executor.receive():
             return list(messages)
@@ -99,11 +99,11 @@ def test_a_worker_that_hung_up_is_dead(executor: MultiprocExecutor) -> None:
     peer = Peer(FakeChild.last.launch)
     peer.send(KVCacheReady(0))
     assert receive(executor) == [KVCacheReady(0)]
-    assert executor._inputs[0].poll(5000, zmq.POLLOUT)
+    assert executor._inputs[0].poll(60_000, zmq.POLLOUT)
     executor.submit(message)
     assert msgspec.msgpack.decode(peer.inputs.recv(), type=InitKVCache) == message
     peer.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     with pytest.raises(WorkerDiedError, match="worker 0 .* closed its connection"):
         while time.monotonic() < deadline:
             executor.submit(message)
@@ -127,7 +127,7 @@ def test_each_rank_is_told_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
     peers = [Peer(launch) for launch in launches]
     message = InitKVCache((1,), 1)
     for socket in executor._inputs:
-        assert socket.poll(5000, zmq.POLLOUT)
+        assert socket.poll(60_000, zmq.POLLOUT)
     executor.submit(message)
     for rank, peer in enumerate(peers):
         assert msgspec.msgpack.decode(peer.inputs.recv(), type=InitKVCache) == message
@@ -137,7 +137,7 @@ def test_each_rank_is_told_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
     executor.shutdown()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(200)
 def test_a_killed_worker_is_noticed_at_once_and_its_results_are_used(executor: MultiprocExecutor) -> None:
     peer = Peer(FakeChild.last.launch)
     peer.send(ModelRunnerOutput(1))
@@ -150,13 +150,14 @@ def test_a_killed_worker_is_noticed_at_once_and_its_results_are_used(executor: M
     assert received in ([], [ModelRunnerOutput(1)])
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(200)
 def test_the_reason_of_a_worker_that_ended_by_itself_is_waited_for(
     executor: MultiprocExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peer = Peer(FakeChild.last.launch)
     failure = WorkerFailed(0, "no such weights", 78)
     FakeChild.last.exit_code = 78
+    monkeypatch.setattr(multiproc, "LAST_WORDS_TIMEOUT", 60_000)
     timer = threading.Timer(0.1, peer.send, (failure,))
     timer.start()
     assert executor.receive() == [failure]
@@ -170,10 +171,10 @@ def test_the_reason_of_a_worker_that_ended_by_itself_is_waited_for(
 def test_a_child_without_a_parent_ends_before_it_does_anything() -> None:
     code = "from executor.process import become_child; become_child('orphan')"
     child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE)
-    assert child.wait(30) == 0
+    assert child.wait(120) == 0
     assert child.stdin is not None
     child.stdin.close()
-    orphan = subprocess.run([sys.executable, "-c", code], cwd=ROOT, input=b"", timeout=30, check=False)
+    orphan = subprocess.run([sys.executable, "-c", code], cwd=ROOT, input=b"", timeout=120, check=False)
     assert orphan.returncode == 1
 
 
@@ -196,10 +197,10 @@ def test_descriptors_reach_a_child_with_its_start_message(tmp_path: Path) -> Non
     environment = {"PYTHONPATH": str(tmp_path)}
     files = [os.memfd_create("first"), os.memfd_create("second")]
     child = process.ChildProcess("child_that_writes", b"go", environment, descriptors=files)
-    assert child.wait(30) == 0  # both at once would write at the same place: such files have one offset for all
+    assert child.wait(120) == 0  # both at once would write at the same place: such files have one offset for all
     process.prepare_child("child_that_writes", environment)
     prepared = process.prepared_child("child_that_writes", b"go", files)
-    assert prepared is not None and prepared.wait(30) == 0
+    assert prepared is not None and prepared.wait(120) == 0
     assert [os.pread(file, 9, 0) for file in files] == [b"oneone", b"twotwo"]
     for file in files:
         os.close(file)
@@ -221,6 +222,6 @@ def test_an_engine_core_that_is_never_needed_ends_without_a_word() -> None:
     assert child.stdin is not None and child.stderr is not None
     wait_for_title(child.pid)
     child.stdin.close()
-    assert child.wait(60) == 0
+    assert child.wait(120) == 0
     assert child.stderr.read() == b""
     child.stderr.close()

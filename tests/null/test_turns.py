@@ -35,7 +35,7 @@ def enter(turns: Turns, *, alone: bool, entered: list[bool]) -> threading.Thread
 
 
 def wait_until_one_is_at_the_gate(turns: Turns) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:
             fcntl.flock(turns._files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)

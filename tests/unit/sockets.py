@@ -15,7 +15,7 @@ from api.server.http_protocol import Connections
 from api.server.run import open_listener
 from tests.fakes import FakeServer
 
-DEADLINE = 10.0
+DEADLINE = 60.0
 """Seconds that anything may take that must happen."""
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.ports import free_port
 from tests.pty_process import Terminal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -207,7 +207,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(chat: Terminal, serv
     chat.expect("n5 ")
     chat.type("\x03")
     chat.expect("Stopped")
-    assert server.stopped.wait(20)
+    assert server.stopped.wait(60)
     chat.expect(PROMPT)
     chat.enter("more")
     chat.expect("echo more")
@@ -331,15 +331,9 @@ def piped(server: ScriptedServer | None, *arguments: str, text: str = "", comman
         cwd=ROOT,
         input=text.encode(),
         capture_output=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_in_a_pipe_only_the_answer_is_printed(server: ScriptedServer) -> None:

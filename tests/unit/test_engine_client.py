@@ -201,7 +201,7 @@ class Harness:
         """The next deltas."""
         deltas: list[Delta] = []
         while len(deltas) < count:
-            deltas += await asyncio.wait_for(self.channel.take(), 5)
+            deltas += await asyncio.wait_for(self.channel.take(), 60)
         return deltas
 
     async def serving(self, interval: float = 0.01) -> None:
@@ -372,7 +372,7 @@ async def test_messages_are_taken_once_in_a_turn_however_many_are_sent(
 
     monkeypatch.setattr(harness.client._socket, "take", counted)
     harness.supervisor.core.tokens(state, 0, *range(40))
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while len(state.output_token_ids) < 40 and time.monotonic() < deadline:
         before = num_taken
         for _ in range(10):
@@ -385,7 +385,7 @@ async def test_messages_are_taken_once_in_a_turn_however_many_are_sent(
 async def test_what_a_dead_core_left_is_taken_in_turns(harness: Harness) -> None:
     state = harness.submit()
     harness.supervisor.core.tokens(state, 0, *range(ROWS_PER_TURN))
-    assert harness.client._socket.wait(5000)
+    assert harness.client._socket.wait(60_000)
     harness.supervisor.die()
     assert len(state.output_token_ids) < ROWS_PER_TURN
     await until(lambda: len(harness.supervisor.cores) > 1)
@@ -665,7 +665,8 @@ async def test_a_core_that_cannot_be_started_again_is_given_up(harness: Harness)
         harness.submit()
 
 
-async def test_last_words_may_come_after_the_end(harness: Harness) -> None:
+async def test_last_words_may_come_after_the_end(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.engine.client.LAST_WORDS_TIMEOUT", 60_000)
     core = harness.supervisor.core
     timer = threading.Timer(0.05, core.send, (EngineDead(1, "the weights are gone", 78),))
     timer.start()
@@ -721,7 +722,7 @@ async def test_calls_end_with_the_client_and_with_the_core(harness: Harness) -> 
     await asyncio.sleep(0)
     await harness.close()
     with pytest.raises(EngineDeadError):
-        await asyncio.wait_for(call, 5)
+        await asyncio.wait_for(call, 60)
     with pytest.raises(EngineDeadError):
         harness.submit()
 

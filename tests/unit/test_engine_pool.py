@@ -81,7 +81,7 @@ class Harness:
         """The next deltas."""
         deltas: list[Any] = []
         while len(deltas) < count:
-            deltas += await asyncio.wait_for(self.channel.take(), 5)
+            deltas += await asyncio.wait_for(self.channel.take(), 60)
         return deltas
 
     async def hears(self, rank: int, count: int) -> list[ToEngineCore]:

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OPTIONS: dict[str, Any] = {"distributed_executor_backend": "simulated"}
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -27,7 +27,7 @@ ENDLESS = {"prompt": ["a", "b"], "max_tokens": 400, "ignore_eos": True, "n": 2, 
 
 async def until(condition: Callable[[], Any]) -> None:
     """Lets others run until something holds."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if condition():
             return

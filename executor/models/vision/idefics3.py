@@ -18,7 +18,6 @@ from executor.models.vision.tower import (
     PatchEncoder,
     VisionTower,
     part_context,
-    pieces_of,
 )
 
 MAX_TILES = 37
@@ -63,21 +62,15 @@ class Idefics3Tower(VisionTower):
             prefix="connector.proj",
         )
         self.max_image_tokens = MAX_TILES * (self.encoder.side // self.scale_factor) ** 2
-        self.max_rows = max(self.max_rows, self.encoder.rows_per_tile)
+        self.max_rows = self.encoder.rows_per_tile
         self.row_bytes = self.encoder.row_bytes
 
     def encode(self, pixels: Tensor, grid: Sequence[Sequence[int]], make_batch: MakeBatch) -> Tensor:
-        sizes = [rows * columns for rows, columns in grid]
-        results, begin = [], 0
-        for piece in pieces_of(sizes, self.max_rows):
-            end = begin + sum(sizes[piece])
-            places = [self._places(rows, columns) for rows, columns in grid[piece]]
-            (states,) = self.encoder(pixels[begin:end], places, make_batch)
-            tiles = states.split(sizes[piece])
-            joined = torch.cat([self._joined(tile, *size) for tile, size in zip(tiles, grid[piece], strict=True)])
-            results.append(self.connector.get_submodule("proj")(joined, make_batch([len(joined)])))
-            begin = end
-        return torch.cat(results)
+        ((rows, columns),) = grid
+        (states,) = self.encoder(pixels, [self._places(rows, columns)], make_batch)
+        joined = self._joined(states, rows, columns)
+        embeddings: Tensor = self.connector.get_submodule("proj")(joined, make_batch([len(joined)]))
+        return embeddings
 
     def _places(self, rows: int, columns: int) -> Tensor:
         """The place of each patch in the table of positions, int64 [rows * columns]: that of the same part of an image

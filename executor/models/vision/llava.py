@@ -149,7 +149,7 @@ class LlavaTower(VisionTower):
 
 class LlavaNextTower(LlavaTower):
     """The whole image, then its tiles as one picture, without what was filled up, and with an embedding at the end of
-    each row."""
+    each row. It is encoded in parts: the whole image, and each row of tiles."""
 
     def __init__(self, context: ModelContext) -> None:
         super().__init__(context)
@@ -163,13 +163,14 @@ class LlavaNextTower(LlavaTower):
         self.max_image_tokens = side**2 + largest
 
     def encode(self, pixels: Tensor, grid: Sequence[Sequence[int]], make_batch: MakeBatch) -> Tensor:
-        side, _, down, across, top, left = grid[0]
+        side, _, across, first, last, left = grid[0]
         features = super().encode(pixels, grid, make_batch)
-        whole, tiles = features[: side**2], features[side**2 :]
-        picture = tiles.view(down, across, side, side, -1).transpose(1, 2).reshape(down * side, across * side, -1)
-        picture = picture[top : down * side - top, left : across * side - left]
+        if not across:
+            return features[: side**2]
+        picture = features.view(across, side, side, -1).transpose(0, 1).reshape(side, across * side, -1)
+        picture = picture[first:last, left : across * side - left]
         ends = self.image_newline.data.expand(len(picture), 1, -1)
-        return torch.cat((whole, torch.cat((picture, ends), dim=1).flatten(0, 1)))
+        return torch.cat((picture, ends), dim=1).flatten(0, 1)
 
 
 def grid_pinpoints(config: HFConfig) -> list[tuple[int, int]]:
