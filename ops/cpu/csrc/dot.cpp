@@ -47,8 +47,16 @@ constexpr int kRowsOfBothHalves = 1;
 
 namespace {
 
-// From this many rows on, their next block of k is prefetched into the L1 cache, which they may exceed.
-constexpr int kFetchedRows = 5;
+// From this many rows on, their next block of k is prefetched into the L1 cache, which they may exceed. With fewer, the
+// bandwidth of memory is the limit: these prefetches keep AMD's hardware prefetcher from recognising the stream.
+constexpr int kFetchedRows = 9;
+
+// Most rows for which a stream is read in order: those that memory delays, not multiplications.
+#if defined(__AVX512BF16__)
+constexpr int kRowsInOrder = 8;
+#else
+constexpr int kRowsInOrder = 4;
+#endif
 
 // Blocks of k for which 16 columns are added before the other 16 are: few if they are read in order.
 template <bool kInOrder>
@@ -328,7 +336,8 @@ void dot(int rows, const Left<T>& left, const Right<T>& right, int blocks, float
     } else
 #endif
     {
-        const DotRows<T> add = choose_rows<T>(rows, !right.list, std::make_integer_sequence<int, kRows<T>>());
+        const bool is_stream = !right.list && !right.is_cached;
+        const DotRows<T> add = choose_rows<T>(rows, is_stream, std::make_integer_sequence<int, kRows<T>>());
         add(left, right, blocks, true, sums);
     }
 }

@@ -121,6 +121,7 @@ struct Right {
     const T* const* list = nullptr;  // instead of `data` and `block`: where each block starts
     Fetch fetch = {};
     const T* const* next = nullptr;  // instead of `fetch.first`: prefetched with each block of `list`
+    bool is_cached = false;          // without `list`: no long stream from memory
 };
 
 // sums[r][0..31] = left[r] * right, over `blocks` blocks of k. 1 <= rows <= kRows<T>.

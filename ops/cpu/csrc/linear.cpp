@@ -26,11 +26,11 @@ constexpr int kMinTilesPerPanel = 3;
 #endif
 
 // How far ahead a long stream of weights is prefetched.
-constexpr int64_t kFetchAheadBytes = 6144;
+constexpr int64_t kFetchAheadBytes = 16384;
 
 // Up to this many rows, the loads of weights follow each other closely.
 template <class T>
-constexpr int kRowsReadByHardware = kMultipliesFloat<T> ? 1 : 3;
+constexpr int kRowsReadByHardware = kMultipliesFloat<T> ? 2 : 5;
 
 // Prefetches a long stream of weights.
 template <class T>
@@ -71,7 +71,9 @@ void multiply_chunk(const OctavoLinear& op, const PackedShape& shape, const Rows
             else if (prefetched.fetches_next && block + chunk < shape.row_blocks())
                 fetch = part_of(address_of(weight) + (block + chunk) * block_bytes, block_bytes, tile - tiles.begin,
                                 num_tiles);
-            dot(count, left, packed_block(weight, shape, block, fetch), shape.column_blocks(), sums);
+            Right<T> right = packed_block(weight, shape, block, fetch);
+            right.is_cached = num_tiles > 1;
+            dot(count, left, right, shape.column_blocks(), sums);
             finish<T>(op, Columns::of(shape, block), begin, count, sums);
         }
     }
