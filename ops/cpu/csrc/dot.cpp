@@ -203,7 +203,7 @@ inline void add_block(Vec (*sums)[kNumRows], RowPointers<T, kNumRows>& x, const 
 // long stream, the bandwidth of memory is the limit, and reading in order uses more of it. With many, loads of the rows
 // are the limit, so both halves share them if there are registers for that. What caches hold is no stream.
 template <class T, int kNumRows>
-constexpr bool kReadsInOrder = kIsBFloat16<T> && (kNumRows<kFetchedRows || kNumRows> kRowsOfBothHalves);
+constexpr bool kReadsInOrder = kIsBFloat16<T> && (kNumRows <= kRowsInOrder || kNumRows > kRowsOfBothHalves);
 
 // Adds the products with block number k of both halves of the columns, or of one. `x` then points to the next block.
 template <class T, int kNumRows, int kHalves, bool kInOrder>
