@@ -5,6 +5,7 @@
 
 The peers run in a virtual environment of their own, with sentence-transformers, onnxruntime and onnx. Each engine gets
 all texts at once, sorted by length where it pads; a round runs every engine once. Times include tokenising.
+The vectors of the first ``--compared`` texts are compared, too; a difference over 1e-5 is an error.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from floors import Machine  # noqa: E402
 
 from ops.cpu import library  # noqa: E402
 
+TOLERANCE = 1e-5
 PEER = """
 import json, sys, time
 from pathlib import Path
 import numpy as np
-name, model, cache = sys.argv[1:4]
+name, model, cache, compared = sys.argv[1:5]
 texts = json.load(sys.stdin)
 if name == "sentence-transformers":
     from sentence_transformers import SentenceTransformer
@@ -76,11 +78,11 @@ embed()
 texts = every
 begin = time.perf_counter()
 vectors = embed()
-print(json.dumps([time.perf_counter() - begin, vectors[:8].tolist()]))
+print(json.dumps([time.perf_counter() - begin, vectors[:int(compared)].tolist()]))
 """
 
 
-def ours(model: str, texts: list[str]) -> tuple[float, list[list[float]], int]:
+def ours(model: str, texts: list[str], compared: int) -> tuple[float, list[list[float]], int]:
     """Seconds for all texts, the first vectors, and the number of tokens."""
     from api import LLM
 
@@ -90,12 +92,14 @@ def ours(model: str, texts: list[str]) -> tuple[float, list[list[float]], int]:
         outputs = llm.embed(texts, use_tqdm=False)
         seconds = time.perf_counter() - begin
     tokens = sum(len(output.prompt_token_ids) for output in outputs)
-    return seconds, [output.outputs.embedding for output in outputs[:8]], tokens
+    return seconds, [output.outputs.embedding for output in outputs[:compared]], tokens
 
 
-def peer(python: str, name: str, model: str, texts: list[str], cache: str) -> tuple[float, list[list[float]]]:
+def peer(
+    python: str, name: str, model: str, texts: list[str], cache: str, compared: int
+) -> tuple[float, list[list[float]]]:
     """The same of another engine."""
-    command = [python, "-c", PEER, name, model, cache]
+    command = [python, "-c", PEER, name, model, cache, str(compared)]
     done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name}: {done.stderr.strip()[-2000:]}")
@@ -120,6 +124,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", default="", help="python of an environment with the peers; empty: none")
     parser.add_argument("--cache", default="/tmp", help="folder for the exported ONNX model")
+    parser.add_argument("--compared", type=int, default=200, help="number of texts whose vectors are compared")
     arguments = parser.parse_args()
     lines = [json.loads(line) for line in Path(arguments.texts).read_text().splitlines()]
     texts = [line.get("question") or line["text"] for line in lines][: arguments.count]
@@ -130,13 +135,16 @@ def main() -> None:
     config = json.loads((Path(arguments.model) / "config.json").read_text())
     for _ in range(arguments.rounds):
         peak = machine.measure(library.TYPES[torch.float32]).operations_per_s
-        seconds, vectors, tokens = ours(arguments.model, texts)
+        seconds, vectors, tokens = ours(arguments.model, texts, arguments.compared)
         times["octavo"].append(seconds)
         shares.append(operations(config, tokens) / seconds / peak)
         for name in names:
-            seconds, others = peer(arguments.peers, name, arguments.model, texts, arguments.cache)
+            seconds, others = peer(arguments.peers, name, arguments.model, texts, arguments.cache, arguments.compared)
             times[name].append(seconds)
-            print(f"{name}: vectors differ by {np.abs(np.subtract(vectors, others)).max():.1e}", file=sys.stderr)
+            difference = np.abs(np.subtract(vectors, others)).max()
+            print(f"{name}: vectors of {len(others)} texts differ by {difference:.1e}", file=sys.stderr)
+            if difference > TOLERANCE:
+                raise SystemExit(f"{name}: the vectors are not the same")
     print(f"{len(texts)} texts, {tokens} tokens, {machine.threads} threads of {machine.capability}")
     for name, own in times.items():
         median = statistics.median(own)
