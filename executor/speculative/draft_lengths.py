@@ -17,7 +17,6 @@ import numpy as np
 from executor.messages import I32, I64
 from executor.request_states import RequestStates
 from executor.speculative.base import Drafts
-from executor.speculative.known_numbers import KnownNumbers
 from executor.speculative.step_costs import StepCosts
 
 MAX_KINDS = 32
@@ -37,12 +36,8 @@ PROBE = 32
 MIN_GAIN = 1.03
 """Drafts are verified if they promise this many times the tokens per second: costs are not known better than that."""
 
-EASE_RATE = 0.01
-FIRST_EASE = 0.4
-"""Weight of a draft's ease (``known_numbers.py``) before anything was learned."""
-
-Proposal = tuple[int, list[int], list[int], list[float]]
-"""Position of the first proposed token, the tokens, their kinds and how easily they are accepted."""
+Proposal = tuple[int, list[int], list[int]]
+"""Position of the first proposed token, the tokens and their kinds."""
 
 
 class DraftLengths:
@@ -76,8 +71,6 @@ class DraftLengths:
         """Steps in a row for which ``affordable`` found no drafts worth their time."""
         self._requests = [0.0] * max_num_seqs
         """Logits by slot, to be added to those of kinds."""
-        self._numbers = KnownNumbers(max_num_seqs)
-        self._ease = FIRST_EASE
         self._proposals: dict[int, Proposal] = {}
         """The last proposals by slot, verified or not, until they are compared with what came."""
 
@@ -85,20 +78,13 @@ class DraftLengths:
         """Forgets what is known of a slot."""
         self._proposals.pop(slot, None)
         self._requests[slot] = 0.0
-        self._numbers.add(slot)
 
-    def _eases(self, slot: int, tokens: list[int], kinds: list[int], states: RequestStates) -> list[float]:
-        """How easily a slot's drafts are accepted. What was sampled already says nothing new of its number."""
-        if not self._is_adaptive or kinds[0] >= GUESS_KINDS[0]:
-            return [0.0] * len(tokens)
-        return self._numbers.eases(slot, tokens, states)
-
-    def _chances(self, slot: int, kinds: Sequence[int], eases: Sequence[float]) -> list[float]:
+    def _chances(self, slot: int, kinds: Sequence[int]) -> list[float]:
         """Probability that each of a slot's drafts and those before it are accepted, up to the least that counts."""
         own, chance = self._requests[slot], 1.0
         chances: list[float] = []
-        for kind, ease in zip(kinds, eases, strict=True):
-            chance *= _probability(self._kinds[kind] + own + self._ease * ease)
+        for kind in kinds:
+            chance *= _probability(self._kinds[kind] + own)
             if chance < self._min_probability:
                 break
             chances.append(chance)
@@ -141,7 +127,6 @@ class DraftLengths:
         limits: Sequence[int],
         drafts: Drafts,
         guesses: Mapping[int, list[int]],
-        states: RequestStates,
     ) -> Drafts:
         """Takes what was sampled behind rejected drafts in place of proposals that promise less.
 
@@ -154,7 +139,6 @@ class DraftLengths:
             limits: Maximum drafts of each.
             drafts: The proposals of these slots.
             guesses: Tokens by slot.
-            states: The other tokens.
         """
         assert drafts.kinds is not None
         counts, tokens, kinds = [], [], []
@@ -166,9 +150,7 @@ class DraftLengths:
             guess = guesses.get(slot, ())[:limit]
             if guess and own[:1] != guess[:1]:
                 guess_kinds = GUESS_KINDS[: len(guess)]
-                eases = self._eases(slot, own, own_kinds, states) if own else []
-                promised = sum(self._chances(slot, guess_kinds, [0.0] * len(guess_kinds)))
-                if promised > sum(self._chances(slot, own_kinds, eases)):
+                if sum(self._chances(slot, guess_kinds)) > sum(self._chances(slot, own_kinds)):
                     own, own_kinds = guess[: len(guess_kinds)], guess_kinds
             counts.append(len(own))
             tokens += own
@@ -183,13 +165,12 @@ class DraftLengths:
             proposal = self._proposals.pop(slot, None)
             if proposal is None:
                 continue
-            begin, tokens, kinds, eases = proposal
+            begin, tokens, kinds = proposal
             came = states.token_ids[slot, begin : min(begin + len(tokens), int(states.num_known[slot]))].tolist()
             own, errors = self._requests[slot], 0.0
-            for token, kind, draft, ease in zip(came, kinds, tokens, eases, strict=False):
-                error = (token == draft) - _probability(self._kinds[kind] + own + self._ease * ease)
+            for token, kind, draft in zip(came, kinds, tokens, strict=False):
+                error = (token == draft) - _probability(self._kinds[kind] + own)
                 self._kinds[kind] += KIND_RATE * error
-                self._ease += EASE_RATE * error * ease
                 errors += error
                 if token != draft:
                     break
@@ -210,12 +191,11 @@ class DraftLengths:
         chances: list[list[float]] = []
         begin = 0
         for slot, count in zip(slots, counts, strict=True):
-            own, own_kinds, eases = tokens[begin : begin + count], kinds[begin : begin + count], []
+            own, own_kinds = tokens[begin : begin + count], kinds[begin : begin + count]
             begin += count
             if count:
-                eases = self._eases(slot, own, own_kinds, states)
-                self._proposals[slot] = int(states.num_known[slot]), own, own_kinds, eases
-            chances.append(self._chances(slot, own_kinds, eases))
+                self._proposals[slot] = int(states.num_known[slot]), own, own_kinds
+            chances.append(self._chances(slot, own_kinds))
         if not self._is_adaptive:
             return list(map(len, chances))
         least = self._least(chances)

@@ -263,7 +263,7 @@ class Speculation:
         drafts = self._proposer.propose(slots, limits, states)
         if not guesses or drafts.kinds is None:
             return drafts
-        return self._lengths.with_guesses(slots.tolist(), limits.tolist(), drafts, guesses, states)
+        return self._lengths.with_guesses(slots.tolist(), limits.tolist(), drafts, guesses)
 
 
 def _spread(counts: I64, is_current: npt.NDArray[np.bool_]) -> I64:

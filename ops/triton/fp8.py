@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops.packed import Encoding, QuantizedWeight, Segment
+from ops.packed import Encoding, Segment
 from ops.triton import gemm
 from ops.triton.catalog import Case, meta
 from ops.triton.codes import Layout
 from ops.triton.configs import TARGETS, Config, Target
 from ops.triton.gemm import PLAIN, Epilogue
-from ops.triton.launch import launch, result, row_stride
-from ops.triton.per_token import quantized_rows
+from ops.triton.per_token import launch_product, quantized_rows
 
 COLUMNS = 128
 """Columns whose products a tensor core adds up, and of a group of weights."""
@@ -89,55 +87,13 @@ def fp8_gemm_kernel(
     )  # fmt: skip
 
 
-def matmul(
-    x: Tensor,
-    weight: QuantizedWeight,
-    epilogue: Epilogue = PLAIN,
-    *,
-    rows: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """As ``quantized.matmul``, for weights whose activations are ``fp8_per_token``."""
-    count, n = (len(x) if rows is None else len(rows)), weight.shape[0] // (2 if epilogue.is_gated else 1)
-    assert len(weight.segments) == 1 or not epilogue.is_gated
-    out = result(out, (count, n), dtype or x.dtype, x)
-    padded = Layout(1, weight.shape[1], weight.segments[0].encoding).padded
-    codes, scales = quantized_rows(x, padded, rows, torch.float8_e4m3fn)
-    first = 0
-    for segment in weight.segments:
-        end = first + (n if epilogue.is_gated else segment.rows)
-        own = epilogue.part(first, end) if len(weight.segments) > 1 else epilogue
-        _product(codes, scales, segment, weight.shape[1], own, out[:, first:end])
-        first = end
-    return out
-
-
-def _product(codes: Tensor, scales: Tensor, segment: Segment, k: int, epilogue: Epilogue, out: Tensor) -> None:
+def product(codes: Tensor, scales: Tensor, segment: Segment, k: int, epilogue: Epilogue, out: Tensor) -> None:
+    """As ``per_token.product``."""
     layout = Layout(segment.rows, k, segment.encoding)
     assert layout.format == "fp8_e4m3" and layout.group_size in (0, COLUMNS), "codes in FP8 with scales of 128 columns"
-    count, n = out.shape
-    config = _config(count, is_gated=epilogue.is_gated)
-    tile = dict(config.tile)
-    args: dict[str, Any] = {
-        "w_ptr": layout.view(segment.data, "low"),
-        "w_scale_ptr": layout.view(segment.data, "scale"),
-    }
-    args |= {"x_ptr": codes, "x_scale_ptr": scales, "bias_ptr": epilogue.bias, "residual_ptr": epilogue.residual}
-    args |= {"out_ptr": out, "M": count, "N": n, "padded": layout.padded, "out_stride": row_stride(out)}
-    args["residual_stride"] = 0 if epilogue.residual is None else row_stride(epilogue.residual)
-    launch(
-        fp8_gemm_kernel,
-        (triton.cdiv(count, tile["TILE_M"]) * triton.cdiv(n, tile["TILE_N"]),),
-        args,
-        config,
-        GROUPED=layout.group_size > 0,
-        ACTIVATION=epilogue.activation,
-        GATED=epilogue.is_gated,
-        HAS_BIAS=epilogue.bias is not None,
-        HAS_RESIDUAL=epilogue.residual is not None,
-        GROUP=gemm.GROUP,
-    )
+    config = _config(len(out), is_gated=epilogue.is_gated)
+    is_grouped = layout.group_size > 0
+    launch_product(fp8_gemm_kernel, config, codes, scales, segment, layout, epilogue, out, GROUPED=is_grouped)
 
 
 def _config(rows: int, *, is_gated: bool) -> Config:
@@ -162,5 +118,5 @@ def cases() -> Iterator[Case]:
         segment = Segment(meta(Layout(n, 4096, encoding).num_bytes, dtype=torch.uint8), n, encoding)
         for m in (8, 64, 512):
             rows = (meta(m, 4096, dtype=e4m3), meta(m, dtype=torch.float32))
-            call = partial(_product, *rows, segment, 4096, epilogue, meta(m, 4096))
+            call = partial(product, *rows, segment, 4096, epilogue, meta(m, 4096))
             yield Case(f"{name} m={m}", call, True, family="fp8", targets=targets)

@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ops.metadata import KV_CODES
-from ops.packed import Encoding, QuantizedWeight, Segment
+from ops.packed import Encoding, Segment
 from ops.triton import gemm
 from ops.triton.catalog import Case, meta
 from ops.triton.codes import Layout
 from ops.triton.configs import Config
 from ops.triton.gemm import PLAIN, Epilogue
-from ops.triton.launch import launch, result, row_stride, scratch, target
+from ops.triton.launch import launch, row_stride, scratch, target
 
 SMALLEST = 2.0**-100
 """Rows whose largest number is smaller count as zero, as in the references."""
@@ -124,35 +124,28 @@ def quantized_rows(
     return codes, scales
 
 
-def matmul(
-    x: Tensor,
-    weight: QuantizedWeight,
-    epilogue: Epilogue = PLAIN,
-    *,
-    rows: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """As ``quantized.matmul``, for weights whose activations are ``int8_per_token``."""
-    count, n = (len(x) if rows is None else len(rows)), weight.shape[0] // (2 if epilogue.is_gated else 1)
-    assert len(weight.segments) == 1 or not epilogue.is_gated
-    out = result(out, (count, n), dtype or x.dtype, x)
-    codes, scales = quantized_rows(x, Layout(1, weight.shape[1], weight.segments[0].encoding).padded, rows)
-    first = 0
-    for segment in weight.segments:
-        end = first + (n if epilogue.is_gated else segment.rows)
-        own = epilogue.part(first, end) if len(weight.segments) > 1 else epilogue
-        _product(codes, scales, segment, weight.shape[1], own, out[:, first:end])
-        first = end
-    return out
-
-
-def _product(codes: Tensor, scales: Tensor, segment: Segment, k: int, epilogue: Epilogue, out: Tensor) -> None:
+def product(codes: Tensor, scales: Tensor, segment: Segment, k: int, epilogue: Epilogue, out: Tensor) -> None:
+    """The product of ``quantized_rows`` with a segment, to ``out`` [rows, n]."""
     layout = Layout(segment.rows, k, segment.encoding)
     assert layout.padded * 127 * 128 < 1 << 31, "sums fit 32 bits"
     assert layout.bits == 8 and not layout.group_size and layout.offset == 128, "codes with a scale for each row"
+    config = _config(len(out), is_gated=epilogue.is_gated)
+    launch_product(per_token_gemm_kernel, config, codes, scales, segment, layout, epilogue, out)
+
+
+def launch_product(
+    kernel: Any,
+    config: Config,
+    codes: Tensor,
+    scales: Tensor,
+    segment: Segment,
+    layout: Layout,
+    epilogue: Epilogue,
+    out: Tensor,
+    **choices: Any,
+) -> None:
+    """Launches a kernel that multiplies ``quantized_rows`` with a segment."""
     count, n = out.shape
-    config = _config(count, is_gated=epilogue.is_gated)
     tile = dict(config.tile)
     args: dict[str, Any] = {
         "w_ptr": layout.view(segment.data, "low"),
@@ -162,7 +155,7 @@ def _product(codes: Tensor, scales: Tensor, segment: Segment, k: int, epilogue: 
     args |= {"out_ptr": out, "M": count, "N": n, "padded": layout.padded, "out_stride": row_stride(out)}
     args["residual_stride"] = 0 if epilogue.residual is None else row_stride(epilogue.residual)
     launch(
-        per_token_gemm_kernel,
+        kernel,
         (triton.cdiv(count, tile["TILE_M"]) * triton.cdiv(n, tile["TILE_N"]),),
         args,
         config,
@@ -171,6 +164,7 @@ def _product(codes: Tensor, scales: Tensor, segment: Segment, k: int, epilogue: 
         HAS_BIAS=epilogue.bias is not None,
         HAS_RESIDUAL=epilogue.residual is not None,
         GROUP=gemm.GROUP,
+        **choices,
     )
 
 
@@ -190,5 +184,5 @@ def cases() -> Iterator[Case]:
         segment = Segment(meta(Layout(n, 4096, encoding).num_bytes, dtype=torch.uint8), n, encoding)
         for m in (8, 64, 512):
             rows = (meta(m, 4096, dtype=torch.int8), meta(m, dtype=torch.float32))
-            call = partial(_product, *rows, segment, 4096, epilogue, meta(m, 4096))
+            call = partial(product, *rows, segment, 4096, epilogue, meta(m, 4096))
             yield Case(f"{name} m={m}", call, True, min_load=2)

@@ -5,7 +5,7 @@ Numbers are those of the references, bit for bit; the order of sums is that of `
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,14 @@ from ops.triton.codes import COLUMNS, Layout, numbers
 from ops.triton.configs import Config
 from ops.triton.gemm import PLAIN, Epilogue
 from ops.triton.launch import launch, result, row_stride, target
+
+Product = Callable[[Segment, int, Epilogue, Tensor], None]
+"""Multiplies activations with a segment of a weight of so many columns, to the tensor."""
+ROUNDED: dict[str, tuple[torch.dtype, Callable[[Tensor, Tensor, Segment, int, Epilogue, Tensor], None]]] = {
+    "int8_per_token": (torch.int8, per_token.product),
+    "fp8_per_token": (torch.float8_e4m3fn, fp8.product),
+}
+"""Activations that are rounded before they are multiplied: to what, and by what then."""
 
 
 @triton.jit
@@ -155,25 +163,31 @@ def matmul(
     Raises:
         NotImplementedError: Activations would be rounded to 8 bits.
     """
-    if weight.activations == "int8_per_token":
-        return per_token.matmul(x, weight, epilogue, rows=rows, dtype=dtype, out=out)
-    if weight.activations == "fp8_per_token":
-        return fp8.matmul(x, weight, epilogue, rows=rows, dtype=dtype, out=out)
-    if weight.activations != "float":
-        raise NotImplementedError(
-            f"GPUs multiply quantised weights with activations in float, not {weight.activations} "
-            "(--quantized-activations float)"
-        )
     count, n = (len(x) if rows is None else len(rows)), weight.shape[0] // (2 if epilogue.is_gated else 1)
     assert len(weight.segments) == 1 or not epilogue.is_gated
     out = result(out, (count, n), dtype or x.dtype, x)
+    product = _product_with(x, weight, rows, config)
     first = 0
     for segment in weight.segments:
         end = first + (n if epilogue.is_gated else segment.rows)
         own = epilogue.part(first, end) if len(weight.segments) > 1 else epilogue
-        _product(x, segment, weight.shape[1], own, rows, out[:, first:end], config)
+        product(segment, weight.shape[1], own, out[:, first:end])
         first = end
     return out
+
+
+def _product_with(x: Tensor, weight: QuantizedWeight, rows: Tensor | None, config: Config | None) -> Product:
+    """What multiplies the activations, in the form that the weight asks for."""
+    if weight.activations == "float":
+        return partial(_product, x, rows=rows, config=config)
+    if weight.activations not in ROUNDED:
+        raise NotImplementedError(
+            f"GPUs multiply quantised weights with activations in float, not {weight.activations} "
+            "(--quantized-activations float)"
+        )
+    dtype, product = ROUNDED[weight.activations]
+    padded = Layout(1, weight.shape[1], weight.segments[0].encoding).padded
+    return partial(product, *per_token.quantized_rows(x, padded, rows, dtype))
 
 
 def _product(
@@ -181,9 +195,10 @@ def _product(
     segment: Segment,
     k: int,
     epilogue: Epilogue,
-    rows: Tensor | None,
     out: Tensor,
-    config: Config | None,
+    *,
+    rows: Tensor | None = None,
+    config: Config | None = None,
 ) -> None:
     layout = Layout(segment.rows, k, segment.encoding)
     count, n = out.shape

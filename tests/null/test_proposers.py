@@ -17,12 +17,10 @@ from executor.request_states import RequestStates
 from executor.speculative.base import ComputedRows, Drafts, ProposerContext
 from executor.speculative.draft_lengths import GUESS_KINDS, DraftLengths
 from executor.speculative.draft_model import DraftModelProposer
-from executor.speculative.known_numbers import KnownNumbers
 from executor.speculative.lookup import NO_TOKEN, NUM_KINDS, continuation, find
 from executor.speculative.pool import MAX_OUTPUT, MAX_POOLS, POOL_TOKENS, Pool, Pools
 from executor.speculative.registry import create_proposer
 from executor.speculative.step_costs import StepCosts
-from ops.reference.sampling import uniform
 
 GENERATOR = np.random.default_rng(7)
 
@@ -261,62 +259,14 @@ def test_drafts_that_take_time_are_proposed_as_far_as_they_pay() -> None:
     assert counts.count([2, 2]) == 2 and counts.count([0, 0]) == 62, "it is tried now and then"
 
 
-def test_numbers_that_are_known_say_which_drafts_are_easy() -> None:
-    """A draft is accepted if the number of its index falls into its part of [0, 1), in the order of ids."""
-    seed, index, known = 11, 3, 40
-    text = GENERATOR.integers(0, 100, known).tolist()
-    states = RequestStates(1, 200, [])
-    states.token_ids[0, :known] = text
-    states.num_known[0], states.num_prompt[0] = known, known - index
-    numbers = KnownNumbers(1)
-    drafts = list(range(0, 100, 7))
-    assert numbers.eases(0, drafts, states) == [0.0] * len(drafts), "nothing is drawn"
-    for temperature in (0.0, 0.5):
-        states.params[0] = ResolvedParams(temperature=temperature, seed=seed)
-        eases = numbers.eases(0, drafts, states)
-        if not temperature:
-            assert not any(eases)
-            continue
-        drawn = uniform(np.full(len(drafts), seed, np.uint64), index + np.arange(len(drafts)))
-        for token, ease, number in zip(drafts, eases, drawn, strict=True):
-            share = (sum(each < token for each in text) + 0.5 * text.count(token) + 0.5) / (known + 1)
-            for probability in (0.03, 0.2, 0.5, 0.8, 0.97):
-                begin = share * (1 - probability)
-                is_accepted = begin <= number < begin + probability
-                assert is_accepted == (ease > -np.log(probability / (1 - probability)))
-    later = numbers.eases(0, drafts[1:], states)
-    assert later != eases[1:], "a draft's number is that of its place"
-    states.num_prompt[0] -= 1
-    assert numbers.eases(0, drafts[1:], states) == pytest.approx(eases[1:])
-
-
-def test_the_weight_of_an_easy_number_is_learned() -> None:
-    """Drafts of one kind that hold if their numbers are easy: only these are verified in the end."""
-    lengths = DraftLengths(1, 1, 0.0, is_adaptive=True)
-    learn_costs(lengths.costs, lambda count: 10.0 + 4 * count)
-    states = table(a=[1, 2])
-    params, verified = ResolvedParams(temperature=1.0, seed=5), []
-    states.params[0] = params
-    numbers = KnownNumbers(1)
-    for step in range(400):
-        (ease,) = numbers.eases(0, [3], states)
-        count = follow(lengths, states, [3], [3 if ease > 0 else 4])
-        if step > 300 and abs(ease) > 1:
-            verified.append(bool(count) == (ease > 0))
-        states.num_known[0] -= 1
-        states.num_prompt[0] -= 1
-    assert len(verified) > 20 and all(verified)
-
-
 def test_what_was_sampled_behind_a_rejected_draft_is_a_draft_if_it_promises_more() -> None:
     lengths = DraftLengths(2, 8, 0.0, is_adaptive=True)
     states = table(a=[1, 2], b=[1, 2])
-    states.params = [ResolvedParams(temperature=0.0)] * 2
     drafts = Drafts(np.array([2, 1]), i32([5, 6, 7]), np.array([0, 0, 23], np.int8))
-    mixed = lengths.with_guesses([0, 1], [3, 8], drafts, {0: [8, 9, 10, 11], 1: [12]}, states)
+    mixed = lengths.with_guesses([0, 1], [3, 8], drafts, {0: [8, 9, 10, 11], 1: [12]})
     assert mixed.counts.tolist() == [3, 1] and mixed.token_ids.tolist() == [8, 9, 10, 7], "7 is almost sure"
     assert mixed.kinds is not None and mixed.kinds[:3].tolist() == GUESS_KINDS[:3]
-    same = lengths.with_guesses([0, 1], [3, 8], drafts, {0: [5, 9, 10]}, states)
+    same = lengths.with_guesses([0, 1], [3, 8], drafts, {0: [5, 9, 10]})
     assert same.token_ids.tolist() == [5, 6, 7], "both begin with the same token"
     for _ in range(200):
         lengths.add(0)
@@ -326,7 +276,7 @@ def test_what_was_sampled_behind_a_rejected_draft_is_a_draft_if_it_promises_more
         states.fill(i32([0]), states.epochs[:1], np.array([2]), np.array([5]))
         lengths.learn([0], states)
     drafts = Drafts(np.array([2]), i32([5, 6]), np.zeros(2, np.int8))
-    mixed = lengths.with_guesses([0], [3], drafts, {0: [8]}, states)
+    mixed = lengths.with_guesses([0], [3], drafts, {0: [8]})
     assert mixed.token_ids.tolist() == [5, 6], "such drafts were never accepted"
 
 
