@@ -26,6 +26,8 @@ ALIASES = {
     "deepseek_mtp": "mtp",
     "glm4_moe_mtp": "mtp",
     "glm4_moe_lite_mtp": "mtp",
+    "qwen3_next_mtp": "mtp",
+    "qwen3_5_mtp": "mtp",
 }
 OLD_NAMES = {
     "ngram_prompt_lookup_min": "prompt_lookup_min",

@@ -25,6 +25,8 @@ from executor.models.decoder import CausalDecoder
 from executor.models.draft_head import DraftHead
 from executor.models.eagle3 import Eagle3Head
 from executor.models.mtp import MTPHead
+from executor.models.qwen3_mtp import QwenMTPHead
+from executor.models.qwen3_next import HybridForCausalLM
 from executor.packing import fill_with_random_numbers
 from executor.weights_mapper import WeightsMapper
 
@@ -124,7 +126,8 @@ def _load_mtp(
     )
 
     def make(context: ModelContext) -> DraftHead:
-        return MTPHead(context, target)
+        is_hybrid = isinstance(target, HybridForCausalLM)
+        return QwenMTPHead(context, target) if is_hybrid else MTPHead(context, target)
 
     head = build_model(make, context, attention_backend)
     _, checkpoint = open_model(config)

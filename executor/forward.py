@@ -108,6 +108,7 @@ class UploadedForward:
         self._groups = setup.groups
         self._states = states
         self._recent = setup.channel.recent_tokens(len(states.num_tokens))
+        self._has_drafts_of_states = any(group.shape.max_drafts for group in setup.groups)
 
     @classmethod
     def memory(cls, setup: ForwardSetup) -> tuple[int, int]:
@@ -138,6 +139,9 @@ class UploadedForward:
             "seq_lens": np.minimum(computed + counts, states.num_attended[slots]).astype(np.int32),
             **self._recent.columns(token_slots, positions, states.num_known + states.num_drafts),
         }
+        if self._has_drafts_of_states:
+            columns["num_replayed"] = states.num_replayed[slots]
+            columns["num_drafts"] = np.maximum(num_sampled.astype(np.int32) - 1, 0)
         adapters = states.adapters[slots]
         if adapters.any():
             columns |= adapter_columns("row_adapters", adapters[token_rows])
@@ -162,6 +166,8 @@ class UploadedForward:
                     views[f"block_table.{index}"],
                     views[f"slot_mapping.{index}"],
                     group.block_size,
+                    views.get("num_replayed"),
+                    views.get("num_drafts"),
                 ),
                 HostRows(counts, columns["seq_lens"], tables[index]) if group.backend.needs_rows else None,
             )

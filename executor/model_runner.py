@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import ops
-from executor.attention.base import AttentionGroup
+from executor.attention.base import RECURRENT_KINDS, AttentionGroup
 from executor.config import SpeculativeConfig, StepSize
 from executor.deferred import Deferred, Together
 from executor.device.base import Device
@@ -196,7 +196,8 @@ class ModelRunner:
         if self.draft is not None:
             block_sizes = [*block_sizes, *(group.block_size for group in self.draft.groups)]
             self.draft.allocate(init.num_blocks[num_groups:], init.max_model_len, self.kv_memory)
-        self.states = RequestStates(max_num_seqs, init.max_model_len, block_sizes)
+        state_blocks = [group.block_size for group in self.groups if group.shape.kind in RECURRENT_KINDS]
+        self.states = RequestStates(max_num_seqs, init.max_model_len, block_sizes, min(state_blocks, default=None))
         sampler = create_sampler(
             max_num_seqs,
             self.device.torch_device.type,

@@ -16,7 +16,17 @@ from executor.messages import I32, I64, NewRequest, ResolvedParams, SchedulerOut
 class RequestStates:
     """Tokens and lengths by slot, and the block tables of each KV cache group."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_sizes: list[int]) -> None:
+    def __init__(
+        self, max_num_seqs: int, max_model_len: int, block_sizes: list[int], state_block_size: int | None = None
+    ) -> None:
+        """Creates the arrays, without requests.
+
+        Args:
+            max_num_seqs: Number of slots.
+            max_model_len: Longest sequence.
+            block_sizes: Tokens per block of each KV cache group.
+            state_block_size: Tokens per block of groups that keep states; None: there are none.
+        """
         self.token_ids: I32 = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
         """int32 [slots, positions]: known tokens of prompt and output."""
         self.num_tokens = np.zeros(max_num_seqs, np.int64)
@@ -27,6 +37,8 @@ class RequestStates:
         """Number of drafts of the next tokens, stored in the table after the known tokens."""
         self.num_computed = np.zeros(max_num_seqs, np.int64)
         """Number of tokens whose K and V are in the cache."""
+        self.num_replayed: I32 = np.zeros(max_num_seqs, np.int32)
+        """Number of the last computed tokens that states leave out: accepted drafts."""
         self.num_prompt = np.zeros(max_num_seqs, np.int64)
         self.epochs = np.zeros(max_num_seqs, np.int64)
         """Number of requests that have used the slot: results of an earlier one must not reach its successor."""
@@ -47,6 +59,7 @@ class RequestStates:
             np.zeros((max_num_seqs, -(-max_model_len // size)), np.int32) for size in block_sizes
         ]
         """int32 [slots, blocks] per group. Entries before the window are stale; nothing reads those blocks."""
+        self._state_block_size = state_block_size
 
     @staticmethod
     def position_bytes(max_num_seqs: int, block_sizes: list[int]) -> int:
@@ -73,6 +86,7 @@ class RequestStates:
         self.num_drafts[slot] = 0
         self.epochs[slot] += 1
         self.num_computed[slot] = request.num_computed_tokens
+        self.num_replayed[slot] = 0
         self.num_prompt[slot] = request.num_prompt_tokens
         self.adapters[slot] = request.lora_id
         pooling = request.pooling_params
@@ -131,6 +145,7 @@ class RequestStates:
         """
         self.num_computed[places] = num_computed
         self.num_tokens[places] = num_tokens
+        self.num_replayed[places] = 0
 
     def fill(self, slots: I32, epochs: I64, positions: I64, tokens: I64) -> None:
         """Fills in the tokens of a step. Drops those of requests that have left their slots.
@@ -147,18 +162,33 @@ class RequestStates:
         self.token_ids[slots, positions] = tokens
         self.num_known[slots] = positions + 1
 
-    def retract(self, slots: I32, epochs: I64, counts: I64) -> None:
+    def retract(self, slots: I32, epochs: I64, counts: I64, accepted: I64) -> None:
         """Takes back the counts that the step added for rejected drafts.
 
         Args:
             slots: int32 [n], each at most once.
             epochs: int64 [n]: the slots' epochs when the step began.
             counts: int64 [n]: rejected drafts.
+            accepted: int64 [n]: the others.
         """
         is_current = self.epochs[slots] == epochs
         slots, counts = slots[is_current], counts[is_current]
         self.num_computed[slots] -= counts
         self.num_tokens[slots] -= counts
+        self.num_replayed[slots] = accepted[is_current]
+
+    def draft_room(self, slots: I32) -> I64:
+        """Most drafts that may follow the known tokens of slots: int64 [n].
+
+        A block of states keeps the inputs of drafts behind the token that its state ends with. So drafts stay within
+        the block of that token, and leave its last place to a token that is known: a full block is a snapshot.
+        """
+        known = self.num_known[slots]
+        room: I64 = self.token_ids.shape[1] - known
+        if self._state_block_size is not None:
+            offsets = known % self._state_block_size
+            room = np.minimum(room, np.where(offsets > 0, self._state_block_size - 1 - offsets, 0))
+        return room
 
     def set_drafts(self, slots: I32, counts: I64, token_ids: I32) -> None:
         """Replaces the drafts of slots whose tokens are all known.

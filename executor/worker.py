@@ -33,7 +33,7 @@ from executor.image_inputs import create_image_inputs
 from executor.kv_memory import KVMemory
 from executor.kv_transfer.base import KVConnector
 from executor.kv_transfer.open import open_connector
-from executor.layers.attention import form_groups
+from executor.layers.attention import form_groups, make_room_for_drafts
 from executor.loader import LoadedModel, load_model
 from executor.log import get_logger, setup_logging
 from executor.messages import (
@@ -133,7 +133,7 @@ class Worker:
             self._links.check()
         communicator = device.communicator(self.parallel)
         loaded = self._load(device, communicator)
-        speculative = self._speculative(loaded)
+        speculative = self._speculative(loaded, device)
         model = loaded.model
         groups = form_groups(model.attention_layers(), config.device.block_size, model.attention_of_stages)
         draft = self._load_draft(loaded, device)
@@ -231,7 +231,7 @@ class Worker:
             max_tokens,
         )
 
-    def _speculative(self, target: LoadedModel) -> SpeculativeConfig | None:
+    def _speculative(self, target: LoadedModel, device: Device) -> SpeculativeConfig | None:
         """How drafts are proposed. Ranks that compute the same step must propose the same.
 
         Raises:
@@ -239,7 +239,9 @@ class Worker:
         """
         config = self.config.speculative
         if config is not None:
-            check_drafts(target)
+            check_drafts(target, device)
+            layers = [*target.model.attention_layers(), *target.model.attention_of_stages]
+            make_room_for_drafts(layers, config.num_speculative_tokens)
         if config is None or self.config.parallel.world_size == 1:
             return config
         return msgspec.structs.replace(config, is_adaptive=False, max_cached_requests=0)
@@ -455,7 +457,7 @@ def run() -> int:
     return code
 
 
-def check_drafts(loaded: LoadedModel) -> None:
+def check_drafts(loaded: LoadedModel, device: Device) -> None:
     """Checks that a model can verify drafts.
 
     Raises:
@@ -466,8 +468,9 @@ def check_drafts(loaded: LoadedModel) -> None:
         raise ModelError(
             f"--speculative-config: {name} runs through transformers, where drafts may change tokens; omit it"
         )
-    if any(layer.shape.kind in RECURRENT_KINDS for layer in loaded.model.attention_layers()):
+    has_states = any(layer.shape.kind in RECURRENT_KINDS for layer in loaded.model.attention_layers())
+    if has_states and device.steps().graphs is not None:
         raise ModelError(
-            f"--speculative-config: layers of {name} keep a state, from which rejected drafts cannot be taken away; "
-            "omit it"
+            f"--speculative-config: layers of {name} keep a state, which leaves out rejected drafts on CPUs alone so "
+            f"far; omit it on {device.name}"
         )

@@ -25,6 +25,11 @@ class AttentionMetadata:
     slot_mapping: Tensor
     """int64 [num_tokens]: where each token's K and V go, ``block * block_size + offset``."""
     block_size: int
+    num_replayed: Tensor | None = None
+    """int32 [num_reqs]: tokens before those of the step that were drafts, so that states leave them out, but keep their
+    inputs; None: 0 of each. Layers without states computed them for good."""
+    num_drafts: Tensor | None = None
+    """int32 [num_reqs]: the last ones of each request's tokens, which states must leave out; None: 0 of each."""
 
     @property
     def num_reqs(self) -> int:
@@ -86,6 +91,8 @@ class AttentionShape:
     """Heads of q and k have every ``num_kv_heads``-th value head, not consecutive ones; of the gated delta rule."""
     step_limits: tuple[float, float] = (0.0, float("inf"))
     """Bounds of the steps of Mamba-2."""
+    max_drafts: int = 0
+    """Drafts whose inputs a state has room for: it leaves them out until they are accepted."""
     rotates_pairs: bool = False
     """Latent attention rotates pairs of neighbouring columns, not of the two halves."""
 

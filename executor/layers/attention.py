@@ -141,6 +141,13 @@ class SharedAttention(nn.Module):
         return source.backend.run((q, None, None), source.kv_cache, source.shape, batch.attention[source.group])
 
 
+def make_room_for_drafts(layers: Sequence[Attention], max_drafts: int) -> None:
+    """Lets layers that keep a state keep the inputs of drafts, too; before groups are formed."""
+    for layer in layers:
+        if layer.shape.kind in RECURRENT_KINDS:
+            layer.shape = replace(layer.shape, max_drafts=max_drafts)
+
+
 def form_groups(
     layers: Sequence[Attention], block_size: int | None, of_stages: Sequence[Attention] = ()
 ) -> tuple[AttentionGroup, ...]:

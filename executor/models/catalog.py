@@ -38,7 +38,7 @@ ONE_RANK = {
 ONE_STAGE = {"Gemma4ForCausalLM": "layers that read what earlier ones have cached"}
 """Likewise, those that pipeline stages cannot share."""
 
-RECURRENT = "no speculation; states of requests take up to half of the KV cache"
+RECURRENT = "speculation on CPUs alone; states of requests take up to half of the KV cache"
 POOLING = "embeddings, scores and classification only"
 
 CATALOG = (

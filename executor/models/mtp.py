@@ -63,7 +63,7 @@ class MTPHead(DraftHead):
         if config.architecture not in SUPPORTED:
             raise ModelError(
                 f"--speculative-config: method mtp: MTP layers of {config.architecture} are not supported, only "
-                f"those of {', '.join(SUPPORTED)}; use the method suffix"
+                f"those of {', '.join(SUPPORTED)}, Qwen3-Next and Qwen3.5; use the method suffix"
             )
         if config.get(NUM_LAYERS) == 0:
             raise ModelError(

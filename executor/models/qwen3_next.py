@@ -100,15 +100,20 @@ class HybridForCausalLM(CausalDecoder):
             default=lambda index: "linear_attention" if (index + 1) % interval else "full_attention",
         )
 
+        def full_attention(prefix: str) -> GatedAttention:
+            return GatedAttention(context, rotary, prefix=prefix)
+
         def attention(index: int, prefix: str) -> nn.Module:
             if types[index] == "linear_attention":
                 return GatedDeltaNet(context, layout=layout, has_tiled_heads=is_tiled, prefix=prefix)
-            return GatedAttention(context, rotary, prefix=prefix)
+            return full_attention(prefix)
 
         super().__init__(
             context,
             DecoderParts(attention, self.mlp(context), norm=lambda size: zero_centred_norm(context, size)),
         )
+        self.full_attention = full_attention
+        """Creates the attention of a layer that is no Gated DeltaNet: takes the block's name."""
 
     def mlp(self, context: ModelContext) -> MakeBlock | None:
         """Makes the MLPs; None: dense ones."""

@@ -49,10 +49,10 @@ def step_rows(plan: SchedulerOutput, states: RequestStates) -> tuple[I32, I32, U
 def _force(forced: ForcedDrafts, states: RequestStates) -> None:
     """Replaces a slot's drafts by those of a plan, if they continue its tokens."""
     slot = forced.slot
-    known = int(states.num_known[slot])
-    drafts = forced.after(states.token_ids[slot, :known])[: states.token_ids.shape[1] - known]
+    known, own = int(states.num_known[slot]), np.array([slot], np.int32)
+    drafts = forced.after(states.token_ids[slot, :known])[: int(states.draft_room(own)[0])]
     if len(drafts) and known == states.num_tokens[slot]:
-        states.set_drafts(np.array([slot], np.int32), np.array([len(drafts)]), drafts)
+        states.set_drafts(own, np.array([len(drafts)]), drafts)
 
 
 def drafts_of(rows: SampleRows, states: RequestStates) -> I64:
@@ -122,7 +122,7 @@ def settle(
     kept = (rows.offsets <= accepted.repeat(counts)).nonzero()[0]
     token_ids = output.token_ids[kept]
     states.fill(rows.slots[kept], epochs[kept], rows.positions[kept], token_ids)
-    states.retract(rows.slots[firsts], epochs[firsts], counts - 1 - accepted)
+    states.retract(rows.slots[firsts], epochs[firsts], counts - 1 - accepted, accepted)
     verdict = accepted.astype(np.uint8).tobytes()
     guesses: dict[int, list[int]] = {}
     rest = (rows.offsets > accepted.repeat(counts)).nonzero()[0]
@@ -256,7 +256,7 @@ class Speculation:
         if not is_due.any():
             return _NOTHING
         # The last token of a request is never verified: nothing follows it.
-        room = np.minimum(states.token_ids.shape[1], self._ends[slots] - 1) - states.num_known[slots]
+        room = np.minimum(states.draft_room(slots), self._ends[slots] - 1 - states.num_known[slots])
         limits = np.maximum(np.minimum(self._limits[slots], room), 0) * is_due
         if self._costs is not None:
             limits = self._lengths.affordable(slots, limits, self._costs)

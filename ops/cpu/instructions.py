@@ -348,6 +348,7 @@ def gated_delta(
         "key_dim": shape.head_dim,
         "value_dim": shape.v_dim,
         "conv_length": shape.conv_length,
+        "max_drafts": shape.max_drafts,
         "tiled": int(shape.has_tiled_heads),
         "type": TYPES[qkv.dtype],
     }
@@ -399,6 +400,7 @@ def mamba(
         "state_dim": shape.head_dim,
         "head_dim": shape.v_dim,
         "conv_length": shape.conv_length,
+        "max_drafts": shape.max_drafts,
         "type": TYPES[x.dtype],
     }
     return Instruction(
@@ -410,7 +412,7 @@ def mamba(
         work=shape.out_width * shape.head_dim * 3,
         step={"group": meta},
         keep=(cache, conv_weight, conv_bias, decay, skip, step_bias),
-        workspace=_width(x) * x.dtype.itemsize,
+        workspace=(_width(x) + shape.num_heads) * x.dtype.itemsize,
     )
 
 

@@ -90,6 +90,8 @@ def fill_group(group: Group, meta: AttentionMetadata) -> None:
     group.slot_mapping = meta.slot_mapping.data_ptr()
     group.num_reqs = meta.num_reqs
     group.block_size = meta.block_size
+    group.num_replayed = None if meta.num_replayed is None else meta.num_replayed.data_ptr()
+    group.num_drafts = None if meta.num_drafts is None else meta.num_drafts.data_ptr()
 
 
 def fill_adapters(adapters: library.AdapterRows, rows: AdapterRows | None) -> None:

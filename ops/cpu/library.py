@@ -149,6 +149,8 @@ class Group(ctypes.Structure):
         ("slot_mapping", c_void_p),
         ("num_reqs", c_int32),
         ("block_size", c_int32),
+        ("num_replayed", c_void_p),
+        ("num_drafts", c_void_p),
     )
 
 
@@ -418,6 +420,7 @@ class GatedDeltaArgs(ctypes.Structure):
         ("value_dim", c_int32),
         ("conv_length", c_int32),
         ("tiled", c_int32),
+        ("max_drafts", c_int32),
         ("group", c_int32),
         ("type", c_int32),
     )
@@ -442,6 +445,7 @@ class MambaArgs(ctypes.Structure):
         ("state_dim", c_int32),
         ("head_dim", c_int32),
         ("conv_length", c_int32),
+        ("max_drafts", c_int32),
         ("group", c_int32),
         ("type", c_int32),
     )

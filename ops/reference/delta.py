@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,7 +43,8 @@ def gated_delta(
 
     A block of the cache holds the state after the last of its tokens that were computed. So a full block is a snapshot
     from which any request with the same tokens can go on. Requests are computed in order: one may begin with a block
-    that an earlier one of the step fills.
+    that an earlier one of the step fills. Drafts are left out, and their inputs kept, until they are accepted and
+    replayed (``recurrence.py``).
 
     Args:
         qkv: [num_tokens, 2 * num_kv_heads * head_dim + num_heads * v_head_dim]: q, k and v before the convolution.
@@ -52,7 +55,7 @@ def gated_delta(
         decay: float32 [num_heads], below 0.
         step_bias: float32 [num_heads].
         cache: float32 [num_blocks, state_size(shape)], written in place: the last ``length - 1`` rows of ``qkv``, then
-            the states.
+            the states, then ``qkv``, ``beta`` and ``step`` of drafts.
         meta: The step's requests.
         shape: The layer's constants; ``num_kv_heads`` heads of q and k.
 
@@ -61,13 +64,14 @@ def gated_delta(
     """
     assert isinstance(meta, AttentionMetadata)
 
-    def advance(token: int, window: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    def advance(token: int, window: Tensor, numbers: Sequence[Tensor], states: Tensor) -> tuple[Tensor, Tensor]:
+        own_beta, own_step = numbers
         mixed = F.silu((window * conv_weight.float()).sum(0)).to(qkv.dtype).float()
-        factor = torch.exp(decay * F.softplus(step[token].float() + step_bias))
-        result, states = _advance(states, mixed, factor, torch.sigmoid(beta[token].float()), shape)
+        factor = torch.exp(decay * F.softplus(own_step + step_bias))
+        result, states = _advance(states, mixed, factor, torch.sigmoid(own_beta), shape)
         return result.flatten(), states
 
-    return recurrence(qkv, cache, meta, shape, advance)
+    return recurrence(qkv, (beta, step), cache, meta, shape, advance)
 
 
 def _advance(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,7 +53,7 @@ def mamba(
         skip: float32 [num_heads].
         step_bias: float32 [num_heads].
         cache: float32 [num_blocks, state_size(shape)], written in place: the last ``length - 1`` rows of ``x``, then
-            the states.
+            the states, then ``x`` and ``step`` of drafts.
         meta: The step's requests.
         shape: The layer's constants; ``num_kv_heads`` groups of heads that share B and C.
 
@@ -60,12 +62,12 @@ def mamba(
     """
     assert isinstance(meta, AttentionMetadata)
 
-    def advance(token: int, window: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    def advance(token: int, window: Tensor, numbers: Sequence[Tensor], states: Tensor) -> tuple[Tensor, Tensor]:
         mixed = _convolved(window, conv_weight, conv_bias).to(x.dtype).float()
-        result, states = _advance(states, mixed, step[token].float() + step_bias, decay, skip, shape)
+        result, states = _advance(states, mixed, numbers[0] + step_bias, decay, skip, shape)
         return result if gate is None else result * F.silu(gate[token].float()), states
 
-    return recurrence(x, cache, meta, shape, advance)
+    return recurrence(x, (step,), cache, meta, shape, advance)
 
 
 def _convolved(window: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine_core.messages import ResolvedParams
+from executor.attention.recurrent import RecurrentStates
 from executor.base import ModelError
 from executor.config import ModelConfig, SpeculativeConfig
 from executor.device.cpu import CpuDevice
@@ -25,7 +27,7 @@ from executor.speculative.draft_head import DraftHeadProposer
 from executor.speculative.forced_drafts import ForcedDrafts
 from tests import tiny
 from tests.models.harness import random_tokens
-from tests.models.test_late_device import Engine, answers, op_set
+from tests.models.test_late_device import BLOCK_SIZE, Engine, answers, op_set
 from tests.models.test_speculation import run_with_restarts
 
 __all__ = ["op_set"]
@@ -320,6 +322,39 @@ def mtp_reference(model: Any, w: Weights) -> Reference:
     return Reference(inner.embed_tokens.weight, start, layer, logits)
 
 
+def qwen_mtp_model(folder: Path, family: str) -> tuple[Path, Weights]:
+    """A hybrid of 3 layers with a fourth under the names of Qwen's MTP; and the tensors of that alone."""
+    types = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+    source = tiny.checkpoint(family, num_hidden_layers=4, layer_types=types, **QWEN_FAMILIES[family])
+    shutil.copytree(source, folder)
+    generator = torch.Generator().manual_seed(7)
+    own = {
+        name: 0.2 * torch.randn(SIZE, generator=generator)
+        for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+    }
+    own["fc"] = torch.randn(SIZE, 2 * SIZE, generator=generator) * 0.15
+    layer = re.compile(r"^model\.layers\.3\.")
+    tensors = {layer.sub("mtp.layers.0.", name): each for name, each in load_file(folder / "model.safetensors").items()}
+    save_file(tensors | {f"mtp.{name}.weight": each for name, each in own.items()}, folder / "model.safetensors")
+    tiny.edit_json(folder / "config.json", _with_three_layers)
+    return source, own
+
+
+def qwen_mtp_reference(model: Any, w: Weights) -> Reference:
+    """Likewise; what the head goes on from is normed."""
+    eps = model.config.rms_norm_eps
+    given = {"enorm": 1 + w["pre_fc_norm_embedding"], "hnorm": 1 + w["pre_fc_norm_hidden"], "eh_proj": w["fc"]}
+    plain = mtp_reference(model, {**given, "shared_head.norm": torch.ones(SIZE)})
+
+    def layer(embeds: Tensor, previous: Tensor) -> Tensor:
+        return norm(plain.layer(embeds, previous), 1 + w["norm"], eps)
+
+    return Reference(plain.embed, plain.start, layer, model.lm_head)
+
+
+QWEN_FAMILIES: dict[str, dict[str, Any]] = {"qwen3_5": {}, "qwen3_next": {"mlp_only_layers": [1]}}
+
+
 MTP = SpeculativeConfig(method="mtp", num_speculative_tokens=3, is_adaptive=False, min_token_prob=0.0)
 MTP_FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe": {},
@@ -335,6 +370,17 @@ def test_mtp_layers_propose_what_their_formula_says(
     target = tmp_path / "model"
     source, weights = mtp_model(target, family, **MTP_FAMILIES[family])
     reference = mtp_reference(transformers_model(source), weights)
+    check_drafts(target, MTP, reference, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("family", QWEN_FAMILIES)
+def test_mtp_layers_of_qwen_propose_what_their_formula_says(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RecurrentStates, "block_size", BLOCK_SIZE)
+    target = tmp_path / "model"
+    source, weights = qwen_mtp_model(target, family)
+    reference = qwen_mtp_reference(transformers_model(source), weights)
     check_drafts(target, MTP, reference, tmp_path, monkeypatch)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from engine_core.messages import ResolvedParams, f32
+from executor.attention.recurrent import RecurrentStates
 from executor.base import ModelError
 from executor.config import ModelConfig, SpeculativeConfig
 from executor.device.base import Device
@@ -20,7 +21,7 @@ from executor.speculative.step_costs import StepCosts
 from tests import tiny
 from tests.late_device import LateDevice
 from tests.models.harness import random_tokens
-from tests.models.test_late_device import MAX_LEN, REQUESTS, Engine, answers, op_set
+from tests.models.test_late_device import BLOCK_SIZE, MAX_LEN, REQUESTS, Engine, answers, op_set
 
 __all__ = ["op_set"]
 
@@ -48,8 +49,17 @@ SETUPS: list[tuple[dict[str, Any], int, int]] = [
     ({"windows": True}, 4, 3),
     ({"num_blocks": 6, "kv_cache_dtype": "int8"}, 4, 3),
     ({"max_num_batched_tokens": 24, "windows": True, "kv_cache_dtype": "fp8"}, 4, 3),
+    ({"family": "qwen3_5", "max_num_batched_tokens": 24}, 6, 4),
+    ({"family": "qwen3_5", "num_blocks": 6, "max_in_flight_steps": 3, "eager": True}, 3, 3),
+    ({"family": "falcon_h1", "num_blocks": 6}, 5, 3),
 ]
 """Of the engine; drafts of a row; one in how many is wrong."""
+
+
+@pytest.fixture(autouse=True)
+def states_in_short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that drafts come to the ends of several."""
+    monkeypatch.setattr(RecurrentStates, "block_size", BLOCK_SIZE)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +164,7 @@ def test_a_draft_model_knows_prompts_from_the_prefix_cache(monkeypatch: pytest.M
         ("suffix, fixed", {"num_blocks": 6, "max_in_flight_steps": 3}),
         ("suffix, fixed", {"windows": True, "max_num_batched_tokens": 24}),
         ("suffix, fixed", {"family": "lfm2"}),
+        ("suffix, fixed", {"family": "qwen3_next"}),
         ("ngram", {"max_num_batched_tokens": 17}),
     ],
     ids=str,
@@ -276,11 +287,17 @@ def run_with_restarts(engine: Engine, num_blocks: int) -> tuple[dict[int, Any], 
     return engine.outputs, engine.logprobs, engine.vectors
 
 
-@pytest.mark.parametrize("proposer", ["garbage", "oracle", "suffix", "ngram", "draft_model"])
+@pytest.mark.parametrize(
+    ("proposer", "family"),
+    [
+        *((name, "llama") for name in ("garbage", "oracle", "suffix", "ngram", "draft_model")),
+        ("oracle", "qwen3_5"),
+    ],
+)
 def test_chunks_preemptions_and_restarts_change_nothing(
-    proposer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    proposer: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup: dict[str, Any] = {"num_blocks": 7, "max_num_batched_tokens": 24}
+    setup: dict[str, Any] = {"num_blocks": 7, "max_num_batched_tokens": 24, "family": family}
     expected = answers(Engine(CpuDevice(), monkeypatch, **setup))
     speculative = {
         "garbage": lambda: scripts(tmp_path, expected[0], 4, 1),
@@ -323,3 +340,11 @@ def test_a_stage_waits_for_the_tokens_before_a_plan_without_drafts() -> None:
 
     assert waits(3, True) and not waits(3, False), "nothing to wait for"
     assert waits(3, True, b"\x03") and not waits(0, True), "nobody proposes drafts"
+
+
+def test_states_leave_out_drafts_on_cpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = LateDevice(by_itself=False)
+    steps = SimpleNamespace(graphs=object(), fileno=lambda: None)
+    monkeypatch.setattr(late, "steps", lambda: steps)
+    with pytest.raises(ModelError, match="keep a state, which leaves out rejected drafts on CPUs alone so far"):
+        Engine(late, monkeypatch, family="qwen3_5", speculative=PROPOSERS["suffix"])

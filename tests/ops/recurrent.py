@@ -36,13 +36,22 @@ class Requests(ABC):
         # What an earlier owner left in a block must not matter.
         self.cache = torch.full((count, ops.state_size(shape)), float("nan"))
         self.done = [0] * len(lengths)
+        self.replayed = dict.fromkeys(range(len(lengths)), 0)
+
+    def accept(self, row: int, drafts: int, accepted: int) -> None:
+        """Takes back the other drafts of a request's last step."""
+        self.done[row] -= drafts - accepted
+        self.replayed[row] = accepted
 
     @abstractmethod
     def run(self, inputs: list[Tensor], meta: AttentionMetadata) -> Tensor:
         """The op on the inputs of a step."""
 
-    def step(self, counts: dict[int, int]) -> dict[int, Tensor]:
-        """Computes the next tokens of some requests, in this order; returns each one's result."""
+    def step(self, counts: dict[int, int], drafts: dict[int, int] | None = None) -> dict[int, Tensor]:
+        """Computes the next tokens of some requests, in this order; returns each one's result.
+
+        With ``drafts``, so many of the last tokens of each are drafts; ``accept`` says how many of them stay.
+        """
         places = {row: torch.arange(self.done[row], self.done[row] + count) for row, count in counts.items()}
         for row, count in counts.items():
             self.done[row] += count
@@ -51,6 +60,10 @@ class Requests(ABC):
         slots = torch.cat([self.table[row][at // BLOCK].long() * BLOCK + at % BLOCK for row, at in places.items()])
         ends = torch.tensor([self.done[row] for row in counts], dtype=torch.int32)
         meta = AttentionMetadata(starts, ends, self.table[list(counts)], slots, BLOCK)
+        if drafts is not None:
+            meta.num_replayed = torch.tensor([self.replayed[row] for row in counts], dtype=torch.int32)
+            meta.num_drafts = torch.tensor([drafts[row] for row in counts], dtype=torch.int32)
+        self.replayed |= dict.fromkeys(counts, 0)
         inputs = [torch.cat([self.data[row][i][at] for row, at in places.items()]) for i in range(3)]
         return dict(zip(counts, self.run(inputs, meta).split(sizes), strict=True))
 
@@ -94,3 +107,36 @@ def check_shared_block(make: Callable[[list[int]], Requests], op_set: OpSet | st
         results = requests.step({0: 36, 1: 8})
     assert torch.equal(results[0], expected[:36])
     assert torch.equal(results[1], expected[2 * BLOCK :])
+
+
+def check_drafts(make: Callable[[list[int]], Requests], op_set: OpSet | str) -> None:
+    """States leave out drafts that are not accepted: the bits are those of requests without any."""
+    lengths = [90, 60, 5]
+    with using(op_set):
+        plain = make(lengths)
+        expected = [plain.step({row: length})[row] for row, length in enumerate(lengths)]
+        rng = random.Random(1)
+        requests = make(lengths)
+        right = [[data.clone() for data in row] for row in requests.data]
+        num_accepted = num_rejected = 0
+        while rows := [row for row, length in enumerate(lengths) if requests.done[row] < length]:
+            counts, drafts, accepted = {}, {}, {}
+            for row in rng.sample(rows, rng.randint(1, len(rows))):
+                done = requests.done[row]
+                known = min(rng.choice([1, 1, 1, 20]), lengths[row] - done)
+                offset = (done + known) % BLOCK
+                room = min(requests.shape.max_drafts, BLOCK - 1 - offset if offset else 0)
+                drafts[row] = min(rng.randint(0, room), lengths[row] - done - known)
+                accepted[row] = rng.randint(0, drafts[row])
+                counts[row] = known + drafts[row]
+                for mine, true in zip(requests.data[row], right[row], strict=True):
+                    mine.copy_(true)
+                    mine[done + known + accepted[row] : done + counts[row]] += 1.0  # the rest is wrong
+            begins = {row: requests.done[row] for row in counts}
+            for row, result in requests.step(counts, drafts).items():
+                rejected = drafts[row] - accepted[row]
+                begin, end = begins[row], begins[row] + counts[row] - rejected
+                assert same_bits(result[: len(result) - rejected], expected[row][begin:end])
+                requests.accept(row, drafts[row], accepted[row])
+                num_accepted, num_rejected = num_accepted + accepted[row], num_rejected + rejected
+        assert min(num_accepted, num_rejected) > 10

@@ -3,6 +3,8 @@ however requests are divided into steps."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ import ops
 from ops import AttentionMetadata, AttentionShape
 from ops.reference.recurrence import conv_width
 from tests.ops.cpu import DTYPES, NAMES, randn, using
-from tests.ops.recurrent import Requests, check_kernels, check_shared_block
+from tests.ops.recurrent import Requests, check_drafts, check_kernels, check_shared_block
 
 SHAPES = {
     "shared keys": AttentionShape(4, 2, 24, 1.0, v_head_dim=40, sliding_window=2, kind="gated_delta", conv_length=4),
@@ -69,3 +71,9 @@ def test_kernels(capability: str, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("op_set", ["reference", "cpu"])
 def test_a_request_goes_on_from_a_block_that_another_fills_in_the_same_step(op_set: str) -> None:
     check_shared_block(lambda lengths: DeltaRequests(SHAPES["shared keys"], lengths, torch.float32), op_set)
+
+
+@pytest.mark.parametrize("op_set", ["reference", "cpu"])
+def test_rejected_drafts_leave_no_trace(op_set: str) -> None:
+    shape = replace(SHAPES["shared keys"], max_drafts=9)
+    check_drafts(lambda lengths: DeltaRequests(shape, lengths, torch.bfloat16), op_set)

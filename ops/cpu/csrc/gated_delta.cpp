@@ -16,8 +16,9 @@ namespace {
 
 // Added to the squares of q and k.
 constexpr float kEps = 1e-6f;
-// Tokens whose q, k and v are computed before states are.
-constexpr int kTokens = 64;
+// Tokens whose q, k and v are computed before states are: more than there are drafts of a step and replayed ones before
+// them.
+constexpr int kTokens = 72;
 // Columns of a state that are computed together.
 constexpr int kStrip = 2 * kLanes;
 
@@ -30,8 +31,9 @@ public:
           values_each_(op.num_heads / op.num_key_heads),
           width_(2 * op.num_key_heads * op.key_dim + op.num_heads * op.value_dim),
           past_(static_cast<int64_t>(op.conv_length - 1) * width_),
-          states_{step.groups[op.group], static_cast<float*>(op.cache),
-                  past_ + static_cast<int64_t>(op.num_heads) * op.key_dim * op.value_dim},
+          kept_(past_ + static_cast<int64_t>(op.num_heads) * op.key_dim * op.value_dim),
+          kept_row_(width_ + 2 * op.num_heads),
+          states_{step.groups[op.group], static_cast<float*>(op.cache), kept_ + op.max_drafts * kept_row_},
           key_padded_(padded(op.key_dim)),
           value_padded_(padded(op.value_dim)),
           q_(scratch.take<float>(kTokens * key_padded_)),
@@ -42,9 +44,7 @@ public:
 
     // All tokens of the step, for a head of q and k.
     void run(int key_head) {
-        states_.each(0, tokens_, kTokens, [&](int token, int count, const float* before, float* after) {
-            advance(key_head, token, count, before, after);
-        });
+        states_.each(0, tokens_, kTokens, [&](const Piece& piece) { advance(key_head, piece); });
     }
 
 private:
@@ -55,30 +55,26 @@ private:
     }
     int column_of_value(int head) const { return 2 * op_.num_key_heads * op_.key_dim + head * op_.value_dim; }
 
-    // Some tokens of a request within a block. `before` is the state that precedes them, or null; `after` may be it.
-    void advance(int key_head, int token, int count, const float* before, float* after) {
+    void advance(int key_head, const Piece& piece) {
         const int key_column = key_head * op_.key_dim, keys = op_.num_key_heads * op_.key_dim;
-        convolve(token, count, before, after, key_column, op_.key_dim, q_, key_padded_);
-        convolve(token, count, before, after, keys + key_column, op_.key_dim, k_, key_padded_);
-        for (int i = 0; i < count; ++i) {
+        convolve(piece, key_column, op_.key_dim, q_, key_padded_);
+        convolve(piece, keys + key_column, op_.key_dim, k_, key_padded_);
+        for (int i = 0; i < piece.total(); ++i) {
             normalize(q_ + i * key_padded_, 1.0f / std::sqrt(static_cast<float>(op_.key_dim)));
             normalize(k_ + i * key_padded_, 1.0f);
         }
         for (int i = 0; i < values_each_; ++i) {
             const int head = value_head(key_head, i);
-            convolve(token, count, before, after, column_of_value(head), op_.value_dim, v_, value_padded_);
-            gates(head, token, count);
-            const int64_t offset = past_ + static_cast<int64_t>(head) * op_.key_dim * op_.value_dim;
-            for (int column = 0; column < op_.value_dim; column += kStrip)
-                recur(head, token, count, column, before ? before + offset : nullptr, after + offset);
+            convolve(piece, column_of_value(head), op_.value_dim, v_, value_padded_);
+            gates(head, piece);
+            for (int column = 0; column < op_.value_dim; column += kStrip) recur(head, piece, column);
         }
     }
 
-    void convolve(int token, int count, const float* before, float* after, int column, int size, float* out,
-                  int stride) const {
-        const StateConvolution<T, T> conv = {op_.qkv, static_cast<const T*>(op_.conv_weight), nullptr, op_.conv_length,
-                                             width_};
-        conv.run(token, count, before, after, column, size, out, stride);
+    void convolve(const Piece& piece, int column, int size, float* out, int stride) const {
+        const StateConvolution<T, T> conv = {
+            op_.qkv, static_cast<const T*>(op_.conv_weight), nullptr, op_.conv_length, width_, kept_, kept_row_};
+        conv.run(piece, column, size, out, stride);
     }
 
     void normalize(float* x, float factor) const {
@@ -94,27 +90,45 @@ private:
         }
     }
 
-    void gates(int head, int token, int count) const {
+    // What replayed tokens and those of the step do to the states of a head; keeps the inputs of drafts.
+    void gates(int head, const Piece& piece) const {
         const float decay = op_.decay[head], bias = op_.step_bias[head];
-        for (int t = 0; t < count; ++t) {
-            const float step = to_float(static_cast<const T*>(op_.steps.data)[(token + t) * op_.steps.stride + head]);
-            const float beta = to_float(static_cast<const T*>(op_.beta.data)[(token + t) * op_.beta.stride + head]);
+        const int64_t place = kept_ + width_ + head;
+        for (int t = 0; t < piece.total(); ++t) {
+            float step, beta;
+            if (t < piece.replayed) {
+                const float* kept = piece.before + place + t * kept_row_;
+                beta = kept[0];
+                step = kept[op_.num_heads];
+            } else {
+                const int64_t token = piece.token + t - piece.replayed;
+                step = to_float(static_cast<const T*>(op_.steps.data)[token * op_.steps.stride + head]);
+                beta = to_float(static_cast<const T*>(op_.beta.data)[token * op_.beta.stride + head]);
+            }
             factors_[t] = std::exp(decay * softplus(step + bias));
             rates_[t] = 1.0f / (1.0f + std::exp(-beta));
         }
+        for (int t = 0; t < piece.drafts; ++t) {
+            const int64_t token = piece.token + piece.count - piece.drafts + t;
+            float* kept = piece.after + place + t * kept_row_;
+            kept[0] = to_float(static_cast<const T*>(op_.beta.data)[token * op_.beta.stride + head]);
+            kept[op_.num_heads] = to_float(static_cast<const T*>(op_.steps.data)[token * op_.steps.stride + head]);
+        }
     }
 
-    // Some columns of a head's state, for all tokens.
-    void recur(int head, int token, int count, int column, const float* before, float* after) const {
+    // Some columns of a head's state, for all tokens of a piece.
+    void recur(int head, const Piece& piece, int column) const {
         const int size = op_.value_dim, keys = op_.key_dim;
         const int first = size - column, second = first - kLanes;
+        const int64_t offset = past_ + static_cast<int64_t>(head) * keys * size + column;
+        const float* before = piece.before ? piece.before + offset : nullptr;
         alignas(64) float memory[kMaxKeys * kStrip];
         for (int i = 0; i < keys; ++i) {
-            const float* row = before ? before + static_cast<int64_t>(i) * size + column : nullptr;
+            const float* row = before ? before + static_cast<int64_t>(i) * size : nullptr;
             store(memory + i * kStrip, row ? load_first(row, first) : zero());
             store(memory + i * kStrip + kLanes, row && second > 0 ? load_first(row + kLanes, second) : zero());
         }
-        for (int t = 0; t < count; ++t) {
+        for (int t = 0; t < piece.total(); ++t) {
             const float* k = k_ + t * key_padded_;
             const float* q = q_ + t * key_padded_;
             const float* v = v_ + t * value_padded_ + column;
@@ -133,12 +147,21 @@ private:
                     store(place, state);
                     out[h] = fma(splat(q[i]), state, out[h]);
                 }
-            T* target = static_cast<T*>(op_.out.data) + (token + t) * op_.out.stride + head * size + column;
-            store_first(target, out[0], first);
-            if (second > 0) store_first(target + kLanes, out[1], second);
+            if (t >= piece.replayed) {
+                const int64_t token = piece.token + t - piece.replayed;
+                T* target = static_cast<T*>(op_.out.data) + token * op_.out.stride + head * size + column;
+                store_first(target, out[0], first);
+                if (second > 0) store_first(target + kLanes, out[1], second);
+            }
+            if (t == piece.last_known()) keep(memory, piece.after + offset, first);
         }
-        for (int i = 0; i < keys; ++i) {
-            float* row = after + static_cast<int64_t>(i) * size + column;
+    }
+
+    // Stores some columns of a state.
+    void keep(const float* memory, float* after, int first) const {
+        const int second = first - kLanes;
+        for (int i = 0; i < op_.key_dim; ++i) {
+            float* row = after + static_cast<int64_t>(i) * op_.value_dim;
             store_first(row, load(memory + i * kStrip), first);
             if (second > 0) store_first(row + kLanes, load(memory + i * kStrip + kLanes), second);
         }
@@ -151,6 +174,8 @@ private:
     const int values_each_;
     const int64_t width_;
     const int64_t past_;
+    const int64_t kept_;
+    const int64_t kept_row_;
     const States states_;
     const int key_padded_;
     const int value_padded_;

@@ -72,6 +72,8 @@ struct OctavoGroup {
     const int64_t* slot_mapping;  // [num_tokens]
     int32_t num_reqs;
     int32_t block_size;
+    const int32_t* num_replayed;  // [num_reqs] or null: 0 of each
+    const int32_t* num_drafts;    // likewise
 };
 
 // One of the ranks that compute a program together; see ranks.h.
@@ -369,8 +371,9 @@ struct OctavoGatedDelta {
     int32_t key_dim;
     int32_t value_dim;
     int32_t conv_length;
-    int32_t tiled;  // a head of q and k has every num_key_heads-th value head, not consecutive ones
-    int32_t group;  // index into the step's groups
+    int32_t tiled;       // a head of q and k has every num_key_heads-th value head, not consecutive ones
+    int32_t max_drafts;  // whose inputs a state has room for
+    int32_t group;       // index into the step's groups
     int32_t type;
 };
 
@@ -393,7 +396,8 @@ struct OctavoMamba {
     int32_t state_dim;
     int32_t head_dim;
     int32_t conv_length;
-    int32_t group;  // index into the step's groups
+    int32_t max_drafts;  // as of OctavoGatedDelta
+    int32_t group;       // index into the step's groups
     int32_t type;
 };
 
