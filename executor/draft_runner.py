@@ -8,7 +8,7 @@ from functools import cached_property
 
 import msgspec
 
-from executor.attention.base import AttentionGroup
+from executor.attention.base import RECURRENT_KINDS, AttentionGroup
 from executor.base import ModelError
 from executor.device.base import Device
 from executor.device.steps import StepChannel
@@ -153,6 +153,11 @@ def check_draft_model(target: LoadedModel, draft: LoadedModel) -> None:
     name = draft.hf_config.source
     if not draft.model.can_be_captured:
         raise ModelError(f"{FLAG}: {name} runs through transformers, which draft models must not; choose another")
+    if any(layer.shape.kind in RECURRENT_KINDS for layer in draft.model.attention_layers()):
+        raise ModelError(
+            f"{FLAG}: model: layers of {name} keep a state, from which its own drafts cannot be taken away; choose a "
+            "draft model with attention alone"
+        )
     ours, theirs = target.hf_config.vocab_size, draft.hf_config.vocab_size
     if ours != theirs:
         raise ModelError(

@@ -36,8 +36,17 @@ PROBE = 32
 MIN_GAIN = 1.03
 """Drafts are verified if they promise this many times the tokens per second: costs are not known better than that."""
 
-Proposal = tuple[int, list[int], list[int]]
-"""Position of the first proposed token, the tokens and their kinds."""
+FIRST_GAIN = 0.2
+"""Tokens that drafts save per step and request, before anything was learned."""
+GAIN_RATE = 1 / 32
+MAX_LEAST_GAIN = 0.12
+"""Drafts that save as many pay in any case."""
+AGAIN = 1.5
+"""Once drafts do not pay, they must save this many times what proposing them takes before they are verified again."""
+
+Proposal = tuple[int, list[int], list[int], int, float]
+"""Position of the first proposed token, the tokens and their kinds; how many of them are worth verifying, and what each
+of these takes, in tokens."""
 
 
 class DraftLengths:
@@ -67,6 +76,9 @@ class DraftLengths:
         self._min_probability = min_probability
         self._is_adaptive = is_adaptive
         self._kinds = [*first_logits, *(GUESS_LOGIT,) * (MAX_KINDS - len(first_logits))]
+        self._gain = FIRST_GAIN
+        """Tokens that drafts save per step and request, verified or not, less those that their verification takes."""
+        self._pays = True
         self._num_skipped = 0
         """Steps in a row for which ``affordable`` found no drafts worth their time."""
         self._requests = [0.0] * max_num_seqs
@@ -159,22 +171,40 @@ class DraftLengths:
 
     def learn(self, slots: Sequence[int], states: RequestStates) -> None:
         """Compares the last proposals of slots with the tokens that have come since."""
-        if not self._proposals or not self._is_adaptive:
+        if not self._is_adaptive:
             return
-        for slot in slots:
+        saved = 0.0
+        for slot in slots if self._proposals else ():
             proposal = self._proposals.pop(slot, None)
             if proposal is None:
                 continue
-            begin, tokens, kinds = proposal
+            begin, tokens, kinds, count, price = proposal
             came = states.token_ids[slot, begin : min(begin + len(tokens), int(states.num_known[slot]))].tolist()
-            own, errors = self._requests[slot], 0.0
+            own, errors, held = self._requests[slot], 0.0, 0
             for token, kind, draft in zip(came, kinds, tokens, strict=False):
                 error = (token == draft) - _probability(self._kinds[kind] + own)
                 self._kinds[kind] += KIND_RATE * error
                 errors += error
                 if token != draft:
                     break
+                held += 1
+            count = min(count, len(came))
+            saved += min(held, count) - count * price
             self._requests[slot] = min(max(own + REQUEST_RATE * errors, -MAX_BIAS), MAX_BIAS)
+        self._gain += GAIN_RATE * (saved / max(1, len(slots)) - self._gain)
+
+    def pays(self, num_slots: int, milliseconds: float) -> bool:
+        """Whether drafts have saved more lately than proposing them takes.
+
+        Args:
+            num_slots: Slots of a step.
+            milliseconds: What a step takes longer while drafts are expected, whether it has some or not.
+        """
+        if not self._is_adaptive or not self.costs.is_known:
+            return True
+        least = min(milliseconds / self.costs.milliseconds([num_slots])[0], MAX_LEAST_GAIN)
+        self._pays = self._gain > (least if self._pays else AGAIN * least)
+        return self._pays
 
     def choose(self, slots: Sequence[int], drafts: Drafts, states: RequestStates) -> list[int]:
         """How many drafts of each slot are worth verifying.
@@ -191,18 +221,22 @@ class DraftLengths:
         chances: list[list[float]] = []
         begin = 0
         for slot, count in zip(slots, counts, strict=True):
-            own, own_kinds = tokens[begin : begin + count], kinds[begin : begin + count]
+            chances.append(self._chances(slot, kinds[begin : begin + count]))
             begin += count
-            if count:
-                self._proposals[slot] = int(states.num_known[slot]), own, own_kinds
-            chances.append(self._chances(slot, own_kinds))
         if not self._is_adaptive:
             return list(map(len, chances))
-        least = self._least(chances)
-        return [sum(chance >= least for chance in own) for own in chances]
+        least, price = self._least(chances)
+        chosen = [sum(chance >= least for chance in own) for own in chances]
+        begin = 0
+        for slot, count, number in zip(slots, counts, chosen, strict=True):
+            if count:
+                end = begin + count
+                self._proposals[slot] = int(states.num_known[slot]), tokens[begin:end], kinds[begin:end], number, price
+                begin = end
+        return chosen
 
-    def _least(self, chances: Sequence[Sequence[float]]) -> float:
-        """The smallest probability of a draft that is worth its cost; above 1: none is.
+    def _least(self, chances: Sequence[Sequence[float]]) -> tuple[float, float]:
+        """The smallest probability of a draft that is worth its cost, above 1 if none is; and that cost, in tokens.
 
         Args:
             chances: By slot: probability that each draft is reached and accepted, falling.
@@ -213,7 +247,9 @@ class DraftLengths:
         tokens = accumulate(gains, initial=float(num_rows))
         rates = [gain / time for gain, time in zip(tokens, times, strict=True)]
         best = rates.index(max(rates))
-        return gains[best - 1] if best and rates[best] >= MIN_GAIN * rates[0] else 2.0
+        if not best or rates[best] < MIN_GAIN * rates[0]:
+            return 2.0, 0.0
+        return gains[best - 1], (times[best] / times[0] - 1) * num_rows / best
 
 
 def _probability(logit: float) -> float:

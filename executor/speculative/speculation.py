@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -26,7 +27,13 @@ PATIENCE = 8
 """Steps without drafts after which a slot's next step does not wait for the last one to propose some."""
 SEARCH_PERIOD = 4
 """After as many, a slot's text is searched each time that this many steps have passed: searches take the more of a step
-the less they bring."""
+the less they bring. Where this holds for all slots, nothing is done in between."""
+OVERHEAD = 2.0
+"""What drafts take of a step while they are expected, in times of what their proposal takes: a step with drafts is
+prepared anew, and its results are sorted."""
+OVERHEAD_RATE = 0.05
+MAX_MS = 2.0
+"""Of what a proposal seems to take: other work on the machine may take its time."""
 
 
 def step_rows(plan: SchedulerOutput, states: RequestStates) -> tuple[I32, I32, U8, bool]:
@@ -165,6 +172,10 @@ class Speculation:
         self._always_searches = self._always_waits or self._costs is not None
         self._num_idle = np.zeros(max_num_seqs, np.int64)
         """Steps of a slot since drafts were last worth verifying."""
+        self._rest = 0
+        """Steps in which nothing is searched or learned."""
+        self._proposing_ms = 0.0
+        """What it takes to propose drafts after a step."""
 
     def add(self, request: NewRequest) -> None:
         """Registers a request that enters a slot."""
@@ -179,6 +190,7 @@ class Speculation:
         self._ends[request.slot] = request.num_prompt_tokens + params.max_tokens
         self._lengths.add(request.slot)
         self._num_idle[request.slot] = 0 if own != 0 else PATIENCE
+        self._rest = 0
 
     def remove(self, slots: I32, states: RequestStates) -> None:
         """Registers the requests that leave their slots. ``states`` still has their tokens."""
@@ -194,7 +206,7 @@ class Speculation:
 
     def note_step(self, num_tokens: int, milliseconds: float) -> None:
         """Records the time of a step that sampled at each of its tokens."""
-        if self._proposer is not None:
+        if self._proposer is not None and not self._rest:
             self._lengths.costs.add(num_tokens, milliseconds)
 
     def follow(self, computed: ComputedRows, states: RequestStates) -> None:
@@ -218,6 +230,16 @@ class Speculation:
         """
         if self._proposer is None or not len(rows):
             return None
+        if self._rest and rows.offsets is None:
+            self._rest -= 1
+            return None
+        begin = time.perf_counter()
+        drafts = self._propose(rows, epochs, states, guesses)
+        took = (time.perf_counter() - begin) * 1e3
+        self._proposing_ms += OVERHEAD_RATE * (min(took, MAX_MS) - self._proposing_ms)
+        return drafts
+
+    def _propose(self, rows: SampleRows, epochs: I64, states: RequestStates, guesses: Guesses) -> Drafts | None:
         firsts = slice(None) if rows.offsets is None else (rows.offsets == 0).nonzero()[0]
         slots = rows.slots[firsts]
         is_current = states.epochs[slots] == epochs[firsts]
@@ -229,7 +251,11 @@ class Speculation:
         counts = np.zeros(len(slots), np.int64)
         if len(proposed.token_ids):
             counts[:] = self._lengths.choose(numbers, proposed, states)
-            self._num_idle[slots] = np.where(counts > 0, 0, self._num_idle[slots] + 1)
+            if self._always_searches or self._lengths.pays(len(slots), OVERHEAD * self._proposing_ms):
+                self._num_idle[slots] = np.where(counts > 0, 0, self._num_idle[slots] + 1)
+            else:
+                counts[:] = 0
+                self._num_idle[slots] = PATIENCE + 1
             # A step that is under way already, since no drafts were expected, has none.
             counts *= states.num_known[slots] == states.num_tokens[slots]
         else:
@@ -237,6 +263,9 @@ class Speculation:
         if not counts.any():  # the usual case of text that never repeats
             had_drafts = bool(states.num_drafts[slots].any())
             states.num_drafts[slots] = 0
+            if not self._always_searches and int(self._num_idle[slots].min()) > PATIENCE:
+                self._num_idle[slots] = PATIENCE  # their turn comes next
+                self._rest = SEARCH_PERIOD - 1
             return Drafts(_spread(counts, is_current), _NO_TOKENS) if had_drafts else None
         token_ids = proposed.token_ids
         if len(counts) == 1:

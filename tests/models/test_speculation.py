@@ -130,10 +130,12 @@ def test_a_draft_model_changes_nothing(family: str, setup: dict[str, Any], monke
         assert engine.num_accepted > 40, "greedy requests get their own tokens"
 
 
-def test_a_draft_model_with_another_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_draft_model_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     other = ModelConfig(model=str(tiny.checkpoint("llama", vocab_size=320)), dtype="float32")
     with pytest.raises(ModelError, match=r"has a vocabulary of 320 tokens, and .* one of \d+; choose a draft model"):
         Engine(CpuDevice(), monkeypatch, speculative=draft_model(draft=other))
+    with pytest.raises(ModelError, match="keep a state, from which its own drafts cannot be taken away"):
+        Engine(CpuDevice(), monkeypatch, speculative=draft_model("qwen3_5"))
     with pytest.raises(ModelError, match="draft heads run on CPUs alone so far; use a draft model or the method"):
         Engine(LateDevice(by_itself=False), monkeypatch, speculative=draft_model(method="eagle3"))
 

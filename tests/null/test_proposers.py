@@ -220,6 +220,19 @@ def test_drafts_that_cost_more_than_they_bring_are_not_verified() -> None:
         assert bool(found) == bool(expected)
 
 
+def test_drafts_that_save_less_than_their_proposal_takes_do_not_pay() -> None:
+    lengths = DraftLengths(1, 6, 0.0, is_adaptive=True)
+    states = table(a=[1, 2])
+    assert lengths.pays(1, 1.0), "nothing is known"
+    learn_costs(lengths.costs, lambda count: 10.0 + 0.1 * count)
+    assert lengths.pays(1, 1.0)
+    for _ in range(60):
+        follow(lengths, states, [3, 4, 5, 6, 7, 8], [9])
+    assert not lengths.pays(1, 1.0)
+    gains = [follow(lengths, states, [3, 4, 5], [3, 4, 5, 6]) and lengths.pays(1, 1.0) for _ in range(30)]
+    assert not gains[0] and gains[-1], "what they would have saved counts as well"
+
+
 def test_fixed_lengths_depend_on_tokens_alone() -> None:
     states = table(a=[1, 2])
     lengths = DraftLengths(1, 6, 0.2, is_adaptive=False)

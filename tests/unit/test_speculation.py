@@ -11,13 +11,15 @@ import torch
 
 from executor.config import SpeculativeConfig
 from executor.device.steps import wait_for
-from executor.messages import NewRequest, ResolvedParams, SchedulerOutput, ThinkingBudget
+from executor.messages import I32, I64, NewRequest, ResolvedParams, SchedulerOutput, ThinkingBudget
 from executor.request_states import RequestStates
 from executor.sampling.base import BAD_LOGITS, SamplerOutput, SampleRows, TokenMask
 from executor.sampling.reference import ReferenceSampler
 from executor.sampling.sampler import Sampler
+from executor.speculative.base import Drafts
 from executor.speculative.registry import create_proposer
 from executor.speculative.speculation import Speculation, drafts_of, settle, step_rows
+from executor.speculative.suffix import SuffixProposer
 from tests.unit.test_sampling import (
     CHANNEL,
     NUM_SLOTS,
@@ -241,6 +243,33 @@ def test_what_was_sampled_behind_a_rejected_draft_is_kept_for_the_next_step() ->
     drafts = drafts_of(rows, states)
     output, accepted, guesses = settle(states, rows, epochs, drafts, SamplerOutput(np.array([11, 20, 21, 22])))
     assert list(accepted) == [1] and output.token_ids.tolist() == [11, 20] and guesses == {2: [21, 22]}
+
+
+def test_texts_that_never_repeat_themselves_are_searched_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[int] = []
+    propose = SuffixProposer.propose
+
+    def noted(self: SuffixProposer, slots: I32, limits: I64, states: RequestStates) -> Drafts:
+        searched.append(int(states.num_known[2]))
+        return propose(self, slots, limits, states)
+
+    monkeypatch.setattr(SuffixProposer, "propose", noted)
+    speculation = Speculation(SpeculativeConfig(method="suffix", num_speculative_tokens=4), 4)
+    states = RequestStates(4, 64, [])
+    request = NewRequest(2, np.array([1, 2], np.int32).tobytes(), 2, 0, (), params=ResolvedParams(max_tokens=60))
+    states.apply(SchedulerOutput(1, b"", b"", b"", new_reqs=(request,)))
+    speculation.add(request)
+    slots = np.array([2], np.int32)
+
+    def come(token: int) -> bool:
+        states.set_counts(slots, states.num_computed[slots] + 1, states.num_tokens[slots] + 1)
+        rows = SampleRows(slots, states.num_known[slots], np.zeros(1, np.int32))
+        states.fill(slots, states.epochs[slots], states.num_known[slots], np.array([token]))
+        return speculation.propose(rows, states.epochs[slots], states) is not None
+
+    assert not any(come(token) for token in range(10, 40))
+    assert searched == [*range(3, 12), *range(15, 33, 4)], "each time at first"
+    assert [come(token) for token in range(10, 20)].index(True) <= 4, "once a text repeats itself, it is found"
 
 
 def test_an_unknown_method_is_named() -> None:
