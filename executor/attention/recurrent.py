@@ -1,9 +1,9 @@
 """The cache of recurrent layers: the state of a sequence, once per block.
 
-A block holds the state after the last of its tokens that were computed and are no drafts; see
-``ops/reference/recurrence.py``. As a group with a window of two tokens, a layer
-needs the block of the token before, so prefix hits, preemption and freeing need nothing of their own: a full block is a
-snapshot. Blocks are long, since states are large.
+A block holds the state after the last of its tokens that were computed and are no drafts; it keeps the inputs of drafts
+(``ops/reference/recurrence.py``). As a group with a window of two tokens, a layer needs the block of the token before.
+So prefix hits, preemption and freeing need nothing of their own: a full block is a snapshot. Blocks are long, since
+states are large.
 """
 
 from __future__ import annotations

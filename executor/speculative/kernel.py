@@ -31,6 +31,7 @@ class KernelSearch:
         self._rows = np.zeros(max_num_seqs, LOOKUP)
         """By slot."""
         self._place = address(self._rows["tokens"])  # the first field: an array of structs takes long to describe
+        self._columns = [self._rows[name] for name in ("num_tokens", "limit", "pool", "pool_size", "count")]
         self._texts: I32 | None = None
         """The table to which ``_rows`` points."""
         self._tokens = np.empty(max_num_seqs * config.num_speculative_tokens, np.int32)
@@ -46,16 +47,26 @@ class KernelSearch:
         if texts is not self._texts:
             self._texts = texts
             self._rows["tokens"] = address(texts) + np.arange(len(texts), dtype=np.uint64) * np.uint64(texts.strides[0])
-        is_alone = len(slots) == 1
-        rows = self._rows[slots[0] : slots[0] + 1] if is_alone else self._rows[slots]
-        place = self._place + int(slots[0]) * LOOKUP.itemsize if is_alone else address(rows["tokens"])
+        if len(slots) == 1:
+            return self._propose_alone(int(slots[0]), int(limits[0]), states, pools[0])
+        rows = self._rows[slots]
         rows["num_tokens"] = states.num_known[slots]
         rows["limit"] = limits
         rows["pool"] = [0 if pool is None else pool.address for pool in pools]
         rows["pool_size"] = [0 if pool is None else len(pool.text) for pool in pools]
-        self._kernel.propose(place, len(rows), *self._results)
+        self._kernel.propose(address(rows["tokens"]), len(rows), *self._results)
         counts = rows["count"].astype(np.int64)
-        if not is_alone:
-            self._rows[slots] = rows
-        total = int(counts.sum())
+        self._rows[slots] = rows
+        return self._drafts(counts, int(counts.sum()))
+
+    def _propose_alone(self, slot: int, limit: int, states: RequestStates, pool: Pool | None) -> Drafts:
+        """The same for one slot: most steps are of one, and arrays take longer than the search."""
+        num_tokens, limits, pools, sizes, counts = self._columns
+        num_tokens[slot], limits[slot] = states.num_known[slot], limit
+        pools[slot], sizes[slot] = (0, 0) if pool is None else (pool.address, len(pool.text))
+        self._kernel.propose(self._place + slot * LOOKUP.itemsize, 1, *self._results)
+        total = int(counts[slot])
+        return self._drafts(np.array([total]), total)
+
+    def _drafts(self, counts: I64, total: int) -> Drafts:
         return Drafts(counts, self._tokens[:total].copy(), self._kinds[:total].copy())
