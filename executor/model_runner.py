@@ -255,7 +255,7 @@ class ModelRunner:
         counts[-1] = min(longest, self.max_tokens - longest * (num_rows - 1))
         self.model.reserve_positions(longest)
         self.states = RequestStates(num_rows, longest, self.block_sizes)
-        self.states.num_known[:] = counts
+        self.states.num_known[:] = self.states.num_attended[:] = counts
         forward = self._new_forward()
         memory = PeakMemory()
         with memory:

@@ -49,8 +49,8 @@ SETUPS: list[tuple[dict[str, Any], int, int]] = [
     ({"windows": True}, 4, 3),
     ({"num_blocks": 6, "kv_cache_dtype": "int8"}, 4, 3),
     ({"max_num_batched_tokens": 24, "windows": True, "kv_cache_dtype": "fp8"}, 4, 3),
-    ({"family": "qwen3_5", "max_num_batched_tokens": 24}, 6, 4),
-    ({"family": "qwen3_5", "num_blocks": 6, "max_in_flight_steps": 3, "eager": True}, 3, 3),
+    ({"family": "qwen3_next", "max_num_batched_tokens": 24}, 6, 4),
+    ({"family": "qwen3_next", "num_blocks": 6, "max_in_flight_steps": 3, "eager": True}, 3, 3),
     ({"family": "falcon_h1", "num_blocks": 6}, 5, 3),
 ]
 """Of the engine; drafts of a row; one in how many is wrong."""
@@ -293,7 +293,7 @@ def run_with_restarts(engine: Engine, num_blocks: int) -> tuple[dict[int, Any], 
     ("proposer", "family"),
     [
         *((name, "llama") for name in ("garbage", "oracle", "suffix", "ngram", "draft_model")),
-        ("oracle", "qwen3_5"),
+        ("oracle", "qwen3_next"),
     ],
 )
 def test_chunks_preemptions_and_restarts_change_nothing(
