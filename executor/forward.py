@@ -166,8 +166,8 @@ class UploadedForward:
                     views[f"block_table.{index}"],
                     views[f"slot_mapping.{index}"],
                     group.block_size,
-                    views.get("num_replayed"),
-                    views.get("num_drafts"),
+                    num_replayed=views.get("num_replayed"),
+                    num_drafts=views.get("num_drafts"),
                 ),
                 HostRows(counts, columns["seq_lens"], tables[index]) if group.backend.needs_rows else None,
             )

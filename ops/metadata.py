@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -25,10 +25,10 @@ class AttentionMetadata:
     slot_mapping: Tensor
     """int64 [num_tokens]: where each token's K and V go, ``block * block_size + offset``."""
     block_size: int
-    num_replayed: Tensor | None = None
+    num_replayed: Tensor | None = field(default=None, kw_only=True)
     """int32 [num_reqs]: tokens before those of the step that were drafts, so that states leave them out, but keep their
     inputs; None: 0 of each. Layers without states computed them for good."""
-    num_drafts: Tensor | None = None
+    num_drafts: Tensor | None = field(default=None, kw_only=True)
     """int32 [num_reqs]: the last ones of each request's tokens, which states must leave out; None: 0 of each."""
 
     @property
