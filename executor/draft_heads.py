@@ -106,8 +106,9 @@ def _has_embedding(checkpoint: Checkpoint, target: CausalDecoder, context: Model
     if list(table.shape) != [context.config.vocab_size, shape.hidden.size]:
         return True
     ids = torch.linspace(0, len(table) - 1, NUM_COMPARED, dtype=torch.float64).to(torch.int32)
-    ours = target.model.embed_tokens(ids, InputBatch(ids, ids, [], ids.long())).float()
     theirs = table[ids.long()].float()
+    ids = ids.to(context.device)
+    ours = target.model.embed_tokens(ids, InputBatch(ids, ids, [], ids.long())).float().cpu()
     return float((ours - theirs).norm()) > MAX_DIFFERENCE * float(theirs.norm())
 
 

@@ -50,6 +50,11 @@ class DraftModel:
         assert isinstance(self.loaded.model, DraftHead)
         return self.loaded.model
 
+    @property
+    def has_head(self) -> bool:
+        """Whether it is a head."""
+        return isinstance(self.loaded.model, DraftHead)
+
     def _capture(self) -> Program:
         """The program of a step, for the KV cache that is allocated."""
         model = self.loaded.model
@@ -122,7 +127,7 @@ class DraftModel:
         )
 
 
-def check_place(target: LoadedModel, device: Device, world_size: int, *, is_head: bool) -> None:
+def check_place(target: LoadedModel, world_size: int) -> None:
     """Checks that a second model, or a head, can run beside another.
 
     Raises:
@@ -132,10 +137,6 @@ def check_place(target: LoadedModel, device: Device, world_size: int, *, is_head
         raise ModelError(
             f"{FLAG}: draft models run with one rank; omit --tensor-parallel-size and --pipeline-parallel-size, or the "
             "draft model"
-        )
-    if is_head and device.steps().fileno() is not None:
-        raise ModelError(
-            f"{FLAG}: draft heads run on CPUs alone so far; use a draft model or the method suffix on {device.name}"
         )
     if target.tower is not None and target.tower.merge_size:
         raise ModelError(

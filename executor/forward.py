@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,7 @@ from executor.sampling.sampler import Sampler, SampleRows
 from ops import AttentionMetadata
 
 U8 = npt.NDArray[np.uint8]
+Change = Callable[[InputBatch], InputBatch]
 
 
 class Forward(Protocol):
@@ -51,6 +52,15 @@ class Forward(Protocol):
     def run(self, batch: InputBatch) -> Sequence[Tensor]:
         """Computes hidden states [tokens, hidden_size], logits [samples, vocab_size] and auxiliary hidden states of the
         batch that was prepared last. They hold until the next call."""
+
+    def run_eagerly(self, batch: InputBatch, change: Change, embed: Callable[[InputBatch], Tensor]) -> Sequence[Tensor]:
+        """As ``run``, op by op and with the same bits, for what is no part of the program.
+
+        Args:
+            batch: The one that was prepared last.
+            change: Makes the batch to compute of it, once its inputs are on the device.
+            embed: Makes the input of the first layer.
+        """
 
     def attach(self, sampler: Sampler) -> None:
         """Makes a sampler known, which may write its tokens where the next step reads them."""
@@ -185,6 +195,10 @@ class UploadedForward:
 
     def run(self, batch: InputBatch) -> Sequence[Tensor]:
         return self._program.replay(batch.step_inputs()) if self._program else run_model(self._model, batch)
+
+    def run_eagerly(self, batch: InputBatch, change: Change, embed: Callable[[InputBatch], Tensor]) -> Sequence[Tensor]:
+        batch = change(batch)
+        return run_model(self._model, batch, embed(batch))
 
     def attach(self, sampler: Sampler) -> None:
         pass

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from executor.attention.base import HostRows
 from executor.captured_layers import capture_layers
 from executor.device.base import Device
-from executor.forward import step_blocks
+from executor.device.steps import ImmediateSteps, StepChannel
+from executor.forward import Forward, step_blocks
 from executor.input_batch import Deepstack, InputBatch, Spans
 from executor.layers.attention import form_groups
 from executor.loader import LoadedModel
@@ -20,7 +23,6 @@ from executor.models.vision.tower import VisionTower
 from executor.request_states import RequestStates
 from ops import AttentionMetadata
 
-Run = Callable[[InputBatch, Tensor | None], Sequence[Tensor]]
 CACHE_TOKENS = 8192
 """Embeddings that are kept, unless an image or a step has more."""
 
@@ -48,6 +50,7 @@ class ImageInputs:
         max_tokens: int,
         *,
         captures: bool = True,
+        channel: StepChannel | None = None,
     ) -> None:
         """Starts without images.
 
@@ -58,11 +61,13 @@ class ImageInputs:
             device: Where the tower runs.
             max_tokens: Most tokens of a step.
             captures: Whether layers run as programs; the bits are the same.
+            channel: The model's way to the device; None: it is the host's memory.
         """
         self.tower = tower
         self.dtype = dtype
         self._hidden_size = hidden_size
         self._device = device
+        self._channel = channel or ImmediateSteps()
         (self._group,) = form_groups(tower.attention_layers(), None)
         if captures:
             capture_layers(tower)
@@ -125,15 +130,20 @@ class ImageInputs:
         values = np.empty(by_channel.shape, np.float32)
         for channel, level in enumerate(levels):
             values[:, channel] = level[by_channel[:, channel]]
-        pixels = torch.from_numpy(values.reshape(patches.shape)).to(self._device.torch_device, self.dtype)
+        pixels = self.on_device(torch.from_numpy(values.reshape(patches.shape))).to(self.dtype)
         grid = to_array(data["grid"]).tolist()
-        result = self.tower.encode(pixels, grid, self._batch)
+        result = self.tower.encode(pixels, grid, self)
         if result.shape != (feature.num_embeds, self.tower.num_levels * self._hidden_size):
             raise ValueError(f"an image has {feature.num_embeds} placeholders and {list(result.shape)} embeddings")
         return result
 
-    def _batch(self, lengths: Sequence[int]) -> InputBatch:
-        group, device = self._group, self._device.torch_device
+    def on_device(self, numbers: Tensor) -> Tensor:
+        """See ``MakeBatch``."""
+        return self._channel.upload({"": numbers.numpy()})[""]
+
+    def __call__(self, lengths: Sequence[int]) -> InputBatch:
+        """See ``MakeBatch``."""
+        group = self._group
         counts = np.array(lengths, np.int32)
         rows = np.arange(len(counts)).repeat(counts)
         starts = np.zeros(len(counts) + 1, np.int32)
@@ -143,10 +153,11 @@ class ImageInputs:
         self._reserve(int(table[-1].max()) + 1)
         mapping = table[rows, positions // group.block_size].astype(np.int64) * group.block_size
         mapping += positions % group.block_size
-        columns = [torch.from_numpy(each).to(device) for each in (starts, counts, table, mapping)]
-        meta = group.plan(AttentionMetadata(columns[0], columns[1], columns[2], columns[3], group.block_size))
-        ids = torch.from_numpy(positions.astype(np.int32)).to(device)
-        return InputBatch(ids, ids, [meta], ids.long())
+        columns = {"starts": starts, "lengths": counts, "table": table, "mapping": mapping}
+        views = self._channel.upload({**columns, "positions": positions.astype(np.int32)})
+        step = AttentionMetadata(views["starts"], views["lengths"], views["table"], views["mapping"], group.block_size)
+        meta = group.plan(step, HostRows(counts, counts, table) if group.backend.needs_rows else None)
+        return InputBatch(views["positions"], views["positions"], [meta], views["positions"].long())
 
     def _reserve(self, num_blocks: int) -> None:
         """Makes the memory for K and V large enough. All layers share it, since they are computed one by one."""
@@ -160,33 +171,45 @@ class ImageInputs:
             layer.kv_cache = shared
 
     def run(
-        self, run: Run, embed: Callable[[InputBatch], Tensor], batch: InputBatch, slots: I32, counts: I32
+        self, forward: Forward, embed: Callable[[InputBatch], Tensor], batch: InputBatch, slots: I32, counts: I32
     ) -> Sequence[Tensor]:
         """Computes a step, whether it has tokens of images or not.
 
         Args:
-            run: Computes hidden states and logits of a batch, from the input of the first layer if it is given.
+            forward: The model's passes.
             embed: Looks up the embeddings of a batch's tokens.
-            batch: The step.
+            batch: The step, as ``forward`` prepared it.
             slots: int32 [rows].
             counts: int32 [rows]: tokens of each row.
 
         Returns:
-            What ``run`` returns.
+            What ``forward.run`` returns.
         """
         rows, found, ends = self._images_of(slots, counts) if self._requests else ([], [], [])
         if not rows:
-            return run(batch, None)
-        places, outputs = torch.from_numpy(np.concatenate(rows)), torch.cat(found)
+            return forward.run(batch)
+        places, outputs = self.on_device(torch.from_numpy(np.concatenate(rows))), torch.cat(found)
         if self.tower.is_pooled:
-            hidden, *others = run(batch, None)
+            hidden, *others = forward.run(batch)
             return hidden.index_copy(0, places, outputs), *others
-        if self.tower.whole_images:
-            batch.spans = self._spans(batch, rows, ends)
         embeddings, *levels = outputs.split(self._hidden_size, dim=1)
-        if levels:
-            batch.deepstack = Deepstack(places, levels)
-        return run(batch, embed(batch).index_copy(0, places, embeddings))
+        change = partial(self._with_images, rows=rows, ends=ends, places=places, levels=levels)
+        return forward.run_eagerly(batch, change, lambda batch: embed(batch).index_copy(0, places, embeddings))
+
+    def _with_images(
+        self,
+        batch: InputBatch,
+        rows: Sequence[I64],
+        ends: Sequence[tuple[int, int]],
+        places: Tensor,
+        levels: Sequence[Tensor],
+    ) -> InputBatch:
+        """A batch whose inputs are on the device, with what layers must know of its images; see ``_images_of``."""
+        return replace(
+            batch,
+            spans=self._spans(batch, rows, ends) if self.tower.whole_images else None,
+            deepstack=Deepstack(places, levels) if levels else None,
+        )
 
     def _images_of(self, slots: I32, counts: I32) -> tuple[list[I64], list[Tensor], list[tuple[int, int]]]:
         """The images of which a step computes tokens.
@@ -223,19 +246,24 @@ class ImageInputs:
             tokens: For each image, the rows of its tokens in the step, int64 [tokens].
             spans: For each image, its request's row and the position behind its last token.
         """
-        starts = np.cumsum([0, *map(len, tokens)]).astype(np.int32)
-        requests = torch.tensor([row for row, _ in spans])
-        lengths = torch.tensor([end for _, end in spans], dtype=torch.int32)
+        columns = {
+            "starts": np.cumsum([0, *map(len, tokens)]).astype(np.int32),
+            "requests": np.array([row for row, _ in spans]),
+            "lengths": np.array([end for _, end in spans], np.int32),
+            "tokens": np.concatenate(tokens),
+        }
+        views = self._channel.upload(columns)
         attention = [
-            replace(
-                meta,
-                query_start_loc=torch.from_numpy(starts),
-                seq_lens=lengths,
-                block_table=meta.block_table[requests],
+            AttentionMetadata(  # not that of a planned step: its plan is for other rows
+                views["starts"],
+                views["lengths"],
+                meta.block_table[views["requests"]],
+                meta.slot_mapping,
+                meta.block_size,
             )
             for meta in batch.attention
         ]
-        return Spans(torch.from_numpy(np.concatenate(tokens)), attention)
+        return Spans(views["tokens"], attention)
 
 
 def axes_of(images: Sequence[Placed], num_prompt: int, merge_size: int) -> I32:
@@ -261,7 +289,12 @@ def axes_of(images: Sequence[Placed], num_prompt: int, merge_size: int) -> I32:
 
 
 def create_image_inputs(
-    loaded: LoadedModel, device: Device, max_tokens: int, *, captures: bool = True
+    loaded: LoadedModel,
+    device: Device,
+    max_tokens: int,
+    *,
+    captures: bool = True,
+    channel: StepChannel | None = None,
 ) -> ImageInputs | None:
     """The images of a model's requests; None: it takes none. See ``ImageInputs``."""
     if loaded.tower is None:
@@ -269,4 +302,4 @@ def create_image_inputs(
     size = loaded.hf_config.hidden_size
     if loaded.tower.is_pooled:
         size = loaded.model.hidden_size or size
-    return ImageInputs(loaded.tower, size, loaded.dtype, device, max_tokens, captures=captures)
+    return ImageInputs(loaded.tower, size, loaded.dtype, device, max_tokens, captures=captures, channel=channel)

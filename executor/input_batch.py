@@ -15,6 +15,9 @@ from executor.messages import I32
 from ops import AdapterRows, AttentionMetadata
 from ops.dispatch import Spec, StepInput
 
+HIDDEN = "hidden"
+"""The input of a program that is hidden states, if it has one."""
+
 
 @dataclass(frozen=True)
 class Spans:
@@ -81,7 +84,7 @@ class InputBatch:
         if self.token_types is not None:
             inputs["token_types"] = self.token_types
         if self.hidden is not None:
-            inputs["hidden"] = self.hidden
+            inputs[HIDDEN] = self.hidden
         for group, metadata in enumerate(self.attention):
             inputs[f"attention.{group}"] = metadata
         return inputs
@@ -124,7 +127,7 @@ class InputBatch:
         adapters: Any = StepInput("row_adapters")
         sample_adapters: Any = StepInput("sample_adapters")
         types: Any = program.input("token_types", Spec("tokens", 1, torch.int32)) if has_token_types else None
-        states: Any = None if hidden is None else program.input("hidden", hidden)
+        states: Any = None if hidden is None else program.input(HIDDEN, hidden)
         return cls(ids, positions, groups, rows, adapters, sample_adapters, types, hidden=states)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from executor.attention.base import AttentionGroup
 from executor.forward import ForwardSetup, UploadedForward
-from executor.input_batch import InputBatch
+from executor.input_batch import HIDDEN, InputBatch
 from ops import AdapterRows, AttentionMetadata
 from ops.triton.attention import PlannedAttention
 from ops.triton.launch import recorded, scratch
@@ -41,6 +41,9 @@ def rehearse(setup: ForwardSetup, num_tokens: int, num_rows: int, num_samples: i
     with recorded():
         attention = [planned(group) for group in setup.groups]
     batch = InputBatch(column(num_tokens), column(num_tokens), attention, column(num_samples, torch.int64))
+    if HIDDEN in setup.program.inputs:
+        spec = setup.program.specs[setup.program.inputs[HIDDEN]]
+        batch.hidden = torch.empty(num_tokens, spec.width, dtype=spec.dtype, device=NOWHERE)
     if setup.model.num_token_types:
         batch.token_types = column(num_tokens)
     if setup.has_adapters:

@@ -147,7 +147,7 @@ def load_model(
     if checkpoint is None:
         fill_with_random_numbers(model)
     else:
-        is_alone = tower_name(config, hf_config, device.type) is None
+        is_alone = tower_name(config, hf_config) is None
         load_weights(model, checkpoint, context, progress, is_tied_by_file=is_tied_by_file(config), is_alone=is_alone)
     _log_formats(model)
     model.loaded()
@@ -193,7 +193,7 @@ def prepare_model(
     model_class = resolve_model(hf_config.architecture, hf_config.values, config.model_impl)
     head = split_architecture(hf_config.architecture)[1]
     hf_config = with_labels(model_class.configure(hf_config), head)
-    if parallel.pp_size > 1 and tower_name(config, hf_config, device.type) is not None:
+    if parallel.pp_size > 1 and tower_name(config, hf_config) is not None:
         raise ModelError(
             f"--pipeline-parallel-size {parallel.pp_size}: stages take no images yet; add --language-model-only, or "
             "use 1"
@@ -237,15 +237,9 @@ def quantization_of(
     return chosen
 
 
-def tower_name(config: ModelConfig, hf_config: HFConfig, device_type: str) -> str | None:
+def tower_name(config: ModelConfig, hf_config: HFConfig) -> str | None:
     """The class of a model's vision tower; None: there is none, or none that is used."""
-    name = tower_of(hf_config.whole)
-    if name is None or config.language_model_only:
-        return None
-    if device_type != "cpu":
-        logger.warning("images are supported with --device cpu only; the model is served for text alone")
-        return None
-    return name
+    return None if config.language_model_only else tower_of(hf_config.whole)
 
 
 def load_tower(
@@ -257,7 +251,7 @@ def load_tower(
         ModelError: The checkpoint does not hold the tower that its configuration describes.
     """
     whole = context.config
-    name = tower_name(config, whole, context.device.type)
+    name = tower_name(config, whole)
     if name is None:
         return None
     own = replace(

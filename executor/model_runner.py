@@ -353,7 +353,7 @@ class ModelRunner:
             logits = logits.float()  # of models that do not generate, they are no logits, and none
         prompt_logprobs = self.prompt_logprobs(hidden, batch, slots, counts)
         pooled = self.pooler.pool(hidden, slots, counts, states)
-        computed = ComputedRows(slots, counts, rows.computed, (hidden, *aux))
+        computed = ComputedRows(slots, counts, rows.computed, self._kept(hidden, *aux))
         rows.advance(states)
         return StartedStep(
             plan=plan,
@@ -373,11 +373,13 @@ class ModelRunner:
         bits are the same."""
         if self.images is None:
             return self.forward.run(batch)
+        return self.images.run(self.forward, self.model.embed, batch, slots, counts)
 
-        def run(batch: InputBatch, embeds: torch.Tensor | None) -> Sequence[torch.Tensor]:
-            return self.forward.run(batch) if embeds is None else run_model(self.model, batch, embeds)
-
-        return self.images.run(run, self.model.embed, batch, slots, counts)
+    def _kept(self, *hidden: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Hidden states as a draft head needs them, once a step's tokens are known: where these are, the next step may
+        be under way by then."""
+        is_read = self.draft is not None and self.draft.has_head
+        return [each.clone() for each in hidden] if is_read and self.channel.fileno() is not None else hidden
 
     def must_wait_for_drafts(self, plan: SchedulerOutput) -> bool:
         """Whether ``begin`` must wait until earlier outputs are collected, since it may verify drafts. Of a pipeline

@@ -21,7 +21,7 @@ from torch import Tensor
 from executor.attention.base import AttentionGroup
 from executor.deferred import Array
 from executor.device.steps import ALIGNMENT, RECENT_TOKENS, as_dtype, places_of
-from executor.forward import U8, ForwardSetup, first_blocks, ranges
+from executor.forward import U8, Change, ForwardSetup, first_blocks, ranges, run_model
 from executor.graph_sizes import SAMPLES, GraphSizes, Size
 from executor.input_batch import InputBatch, adapter_rows, put_adapters
 from executor.launched_forward import rehearse, take_rehearsed
@@ -93,7 +93,10 @@ class _Frame:
     views: dict[str, Tensor]
     """The same on the device."""
     batch: InputBatch | None = None
+    first_launches: Sequence[Launch] = ()
+    """Those that complete the inputs."""
     launches: Sequence[Launch] = ()
+    """All of them."""
     outputs: Sequence[Tensor] = ()
     num_tokens: int = 0
     """Those of the current step."""
@@ -233,6 +236,8 @@ class StaticForward:
         """Slots, and where in ``_recent`` the first token of each goes."""
         self._frames: dict[Size, _Frame] = {}
         self._frame: _Frame | None = None
+        frames = [self._frame_of(size) for size in reversed(sizes.all)]  # the largest takes the most shared memory
+        graphs.compile([each for frame in frames for each in frame.launches])
         for size in sizes.warm:
             self._warm_up(size)
 
@@ -271,7 +276,8 @@ class StaticForward:
         ends = counts.cumsum(dtype=np.int64)
         num_rows, num_tokens = len(slots), int(ends[-1]) if len(slots) else 0
         decodes = num_rows and counts.max() == num_sampled.min() == num_sampled.max() == 1
-        self._rows_of_last = given if decodes else None
+        # Positions of requests with images are not those of their tokens in a sequence.
+        self._rows_of_last = given if decodes and not states.axes else None
         num_samples = int(num_sampled.sum())
         adapters = states.adapters[slots]
         has_adapters = bool(self._adapter_tables) and bool(adapters.any())
@@ -291,7 +297,8 @@ class StaticForward:
         columns["input_ids"][:num_tokens] = states.token_ids[token_slots, positions]
         known = (states.num_known + states.num_drafts)[token_slots]
         columns["places"][:num_tokens] = np.where(positions < known, -1, places_of(token_slots, positions))
-        columns["positions"][:num_tokens] = positions
+        rotary = states.rotary_positions(positions, token_slots)
+        columns["positions"][:num_tokens] = rotary if rotary.ndim == 1 else positions
         columns["query_start_loc"][1 : num_rows + 1] = ends
         columns["query_start_loc"][num_rows + 1 :] = num_tokens
         columns["seq_lens"][:num_rows] = np.minimum(computed + counts, states.num_attended[slots])
@@ -314,7 +321,11 @@ class StaticForward:
             columns[f"slot_mapping.{index}"][:num_tokens] = blocks * group.block_size + positions % group.block_size
         self._block.write(frame.host)
         assert frame.batch is not None
-        return frame.batch
+        if rotary.ndim == 1:
+            return frame.batch
+        wide = np.zeros((len(rotary), size.tokens), np.int32)  # of images, whose steps are not replayed
+        wide[:, :num_tokens] = rotary
+        return replace(frame.batch, positions=self._channel.upload({"positions": wide})["positions"])
 
     def _prepare_next(self, slots: I32) -> InputBatch:
         """Uploads the inputs of a decode step of the same requests as the last one, whose inputs it goes on from.
@@ -374,9 +385,22 @@ class StaticForward:
             if frame.size.is_padded:
                 frame.graph = self._graphs.capture(frame.launches)
         if not frame.shown:
-            hidden, logits = frame.outputs
-            frame.shown = hidden[: frame.num_tokens], logits[: frame.num_samples]
+            frame.shown = self._without_padding(frame.outputs)
         return frame.shown
+
+    def _without_padding(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        frame = self._frame
+        assert frame is not None
+        hidden, logits, *aux = outputs
+        return hidden[: frame.num_tokens], logits[: frame.num_samples], *(each[: frame.num_tokens] for each in aux)
+
+    def run_eagerly(self, batch: InputBatch, change: Change, embed: Callable[[InputBatch], Tensor]) -> Sequence[Tensor]:
+        frame = self._frame
+        assert frame is not None
+        for each in frame.first_launches:
+            submit(each)
+        batch = change(batch)
+        return self._without_padding(run_model(self._setup.model, batch, embed(batch)))
 
     def attach(self, sampler: Sampler) -> None:
         self._copies_tokens = not sampler.keep_tokens_in(self._tokens)
@@ -423,6 +447,7 @@ class StaticForward:
         with recorded() as launches:
             frame.batch = self._first_launches(frame)
         bound = self._runner.bind(frame.batch.step_inputs())
+        frame.first_launches = launches
         frame.launches = [*launches, *bound.launches]
         frame.outputs = bound.outputs
         return frame
@@ -458,7 +483,7 @@ class StaticForward:
         )
 
     def _warm_up(self, size: Size) -> None:
-        """Runs a step without tokens, which compiles kernels, and captures its graph."""
+        """Runs a step without tokens, and captures its graph."""
         frame = self._frame = self._frame_of(size)
         assert frame.batch is not None
         frame.host[:] = frame.padding

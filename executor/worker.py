@@ -153,8 +153,11 @@ class Worker:
             kv_memory=self._kv_memory,
             stage=self._connect(loaded, device, communicator),
         )
-        captures = not self.runner.enforce_eager
-        self.runner.images = create_image_inputs(loaded, device, self.runner.max_tokens, captures=captures)
+        channel = self.runner.channel
+        captures = not self.runner.enforce_eager and channel.graphs is None
+        self.runner.images = create_image_inputs(
+            loaded, device, self.runner.max_tokens, captures=captures, channel=channel
+        )
         self.results_fd, self._stage_fds = self.runner.channel.fileno(), self.runner.stage.wake_fds
         communicator.wait()  # all have loaded their weights
         memory = device.memory()  # before the step, whose memory an allocator may keep
@@ -215,7 +218,7 @@ class Worker:
         if config.speculative is None or not config.speculative.has_model:
             return None
         method, backend = config.speculative.method, config.device.attention_backend
-        check_place(target, device, config.parallel.world_size, is_head=method != "draft_model")
+        check_place(target, config.parallel.world_size)
         model = config.speculative.draft or config.model
         if method == "draft_model":
             loaded = load_model(model, self.parallel, device.torch_device, backend, self._progress)

@@ -101,11 +101,13 @@ class Steps:
         num_threads: int | None = None,
         descriptors: Mapping[str, int] | None = None,
         links: NetworkLinks | None = None,
+        max_kv_bytes: int | None = None,
         **fields: Any,
     ) -> None:
         """Starts a worker, which may be one of several ranks.
 
-        ``fields``: others of the model's configuration. ``descriptors``, ``links``: see ``Worker``.
+        ``fields``: others of the model's configuration. ``descriptors``, ``links``: see ``Worker``. ``max_kv_bytes``:
+        the KV cache is no larger; by default all requests may be as long as the longest.
         """
         path = Path(model)
         gguf = read_gguf(path).header() if path.suffix == ".gguf" else None
@@ -125,7 +127,13 @@ class Steps:
         self.vocab_size = ready.vocab_size
         self._count(list(self.worker.runner.model.modules()))
         self.blocks_each = [-(-max_len // group.block_size) for group in self.groups]
-        self.worker.handle(InitKVCache(tuple(max_seqs * blocks for blocks in self.blocks_each), max_len))
+        blocks = [max_seqs * each for each in self.blocks_each]
+        if max_kv_bytes is not None:
+            of_all = sum(group.bytes_per_block * count for group, count in zip(self.groups, blocks, strict=True))
+            share = min(1.0, max_kv_bytes / of_all)
+            blocks = [max(1, int(count * share)) for count in blocks]
+        self.num_blocks = tuple(blocks)
+        self.worker.handle(InitKVCache(self.num_blocks, max_len))
         self.step_id = 0
 
     def _count(self, modules: list[nn.Module]) -> None:
@@ -192,6 +200,11 @@ class Steps:
             params=ResolvedParams(temperature=0.0, max_tokens=1 << 20),
             lora_id=lora_id,
         )
+
+    def plan_length(self, requests: int, length: int) -> bool:
+        """Gives each slot blocks for sequences of this length. Returns False if there are too few for the requests."""
+        self.blocks_each = [-(-length // group.block_size) for group in self.groups]
+        return all(requests * each <= most for each, most in zip(self.blocks_each, self.num_blocks, strict=True))
 
     def kv_bytes(self, context: float) -> float:
         """Bytes of K and V that a token reads after so many others."""

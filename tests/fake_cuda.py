@@ -20,7 +20,7 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import ops
 from executor.config import DeviceConfig
@@ -76,9 +76,13 @@ class FakeGraphs:
     def __init__(self, steps: FakeCudaSteps) -> None:
         self._steps = steps
         self.num_captured = 0
+        self.compiled: list[Any] = []
 
     def block(self, num_bytes: int) -> FakeBlock:
         return FakeBlock(self._steps, num_bytes)
+
+    def compile(self, launches: Sequence[Any]) -> None:
+        self.compiled += launches
 
     def capture(self, launches: Sequence[Any]) -> Callable[[], None]:
         """Keeps the launches with the numbers and addresses that they have now, as a graph does."""
@@ -284,6 +288,19 @@ class ReferenceKernels(OpSet):
 
 
 # ---------------------------------------------------------------------------------------------------------
+
+
+def put_on_device(module: nn.Module) -> None:
+    """Makes a module's tensors those of the device, as torch's functions use them beside those of a step."""
+    for each in module.modules():
+        for name, parameter in each._parameters.items():
+            if parameter is not None:
+                each._parameters[name] = nn.Parameter(on_device(parameter.data), requires_grad=False)
+        for name, buffer in each._buffers.items():
+            each._buffers[name] = None if buffer is None else on_device(buffer)
+        for name, value in vars(each).items():
+            if isinstance(value, Tensor):
+                setattr(each, name, on_device(value))
 
 
 def _is_loaded(tensor: Tensor) -> bool:

@@ -13,8 +13,10 @@ import os
 import queue
 import shutil
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +55,8 @@ KEPT_RESULTS = 64 << 10
 """Bytes of results up to which the way to the host is kept, and with it their memory."""
 MOST_PARTS = 64
 """Parts of a pinned buffer that are kept."""
+MOST_COMPILERS = 8
+"""Kernels that are compiled at the same time."""
 LARGE_COPY = 256 << 10
 """Bytes from which a copy gets a stream of its own: it need not wait for the step before."""
 
@@ -250,6 +254,16 @@ class CudaGraphs:
     def block(self, num_bytes: int) -> CudaBlock:
         return CudaBlock(self._steps, num_bytes)
 
+    def compile(self, launches: Sequence[Launch]) -> None:
+        from ops.triton.launch import different  # and with it triton
+
+        launches = different(launches)  # type: ignore[arg-type]
+        begin, device = time.perf_counter(), self._steps.device
+        with ThreadPoolExecutor(min(MOST_COMPILERS, len(os.sched_getaffinity(0))), "compile", _use, (device,)) as pool:
+            for _ in pool.map(lambda each: each.compile(), launches):
+                pass
+        logger.debug("%d kernels compiled in %.1f s", len(launches), time.perf_counter() - begin)
+
     def capture(self, launches: Sequence[Launch]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
@@ -261,6 +275,12 @@ class CudaGraphs:
             finally:
                 graph.capture_end()
         return graph.replay
+
+
+def _use(device: torch.device) -> None:
+    """Lets a thread work for a GPU: each begins with the first one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 class CudaSteps:

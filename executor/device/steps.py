@@ -76,6 +76,9 @@ class Block(Protocol):
 class Launch(Protocol):
     """A kernel with its arguments."""
 
+    def compile(self) -> None:
+        """Makes it ready, without launching it. Other threads may do the same with others."""
+
     def run(self) -> None:
         """Launches it."""
 
@@ -89,6 +92,9 @@ class Graphs(Protocol):
 
     def block(self, num_bytes: int) -> Block:
         """Memory for inputs of up to this size."""
+
+    def compile(self, launches: Sequence[Launch]) -> None:
+        """Makes launches ready that will follow later, so that none of them stalls a step."""
 
     def capture(self, launches: Sequence[Launch]) -> Callable[[], None]:
         """A function that runs these launches again. Captures without running them."""

@@ -266,7 +266,7 @@ class RotaryEmbedding(nn.Module):
         )
         if not is_rotated:
             self._frequencies, self._factor = torch.zeros_like(self._frequencies), 1.0
-        self._axes = _axes(rope, len(self._frequencies))
+        self._axes = _axes(rope, len(self._frequencies)).to(context.device)
         if not (self._frequencies.isfinite().all() and math.isfinite(self._factor)):
             raise ModelError(f"{rope.source}: the rotary parameters give angles that are not finite")
         table = torch.empty(0, rotary_dim, dtype=torch.float32, device=context.device)
@@ -293,7 +293,7 @@ class RotaryEmbedding(nn.Module):
         """q [num_tokens, num_heads * head_dim] and k [num_tokens, num_kv_heads * head_dim], rotated."""
         if isinstance(positions, Tensor) and positions.dim() > 1:
             table = self._by_axis(positions)
-            rows = torch.arange(positions.shape[1], dtype=torch.int32, device=positions.device)
+            rows = torch.arange(positions.shape[1], out=torch.empty_like(positions[0]))
             rotated = (ops.rotary_embedding(x, rows, table, self.head_dim, self.is_interleaved) for x in (q, k))
             return next(rotated), next(rotated)
         return (

@@ -113,7 +113,7 @@ CATALOG = (
             "google/embeddinggemma-300m",
         ),
         gguf=("gemma", "gemma2", "gemma3"),
-        limits="images (Gemma 3) on CPUs only",
+        limits="images: Gemma 3 alone",
     ),
     Entry(
         "Gemma 4",
@@ -199,7 +199,6 @@ CATALOG = (
         ("MistralForCausalLM", "Ministral3ForCausalLM"),
         ("mistralai/Mistral-7B-Instruct-v0.3", "mistralai/Ministral-3-3B-Instruct-2512-BF16"),
         gguf=("llama", "mistral3"),
-        limits="images on CPUs only",
     ),
     Entry("Mixtral", ("MixtralForCausalLM",), ("mistralai/Mixtral-8x7B-Instruct-v0.1",), gguf=("llama",)),
     Entry(

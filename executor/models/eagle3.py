@@ -127,7 +127,7 @@ class Eagle3Head(DraftHead):
         return super().configure(config)
 
     def loaded(self) -> None:
-        ids = self.target_ids(torch.arange(len(self.d2t)))
+        ids = self.target_ids(torch.arange(len(self.d2t), device=self.d2t.device))
         if int(ids.min()) < 0 or int(ids.max()) >= self._vocab_size:
             raise ModelError(f"--speculative-config: d2t names tokens beyond the vocabulary of {self._vocab_size}")
 

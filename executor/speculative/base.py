@@ -47,7 +47,7 @@ class ComputedRows:
     begins: I64
     """int64 [rows]: positions of their first tokens."""
     hidden_states: Sequence[Tensor]
-    """Those of all tokens, [tokens, hidden_size], then the auxiliary ones. They hold until the next step begins."""
+    """Those of all tokens, [tokens, hidden_size], then the auxiliary ones. They hold while the proposer follows."""
 
 
 @dataclass(frozen=True)

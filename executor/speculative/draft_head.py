@@ -26,8 +26,8 @@ class DraftHeadProposer(ChainProposer):
     def __init__(self, config: SpeculativeConfig, max_num_seqs: int, context: ProposerContext) -> None:
         assert context.draft is not None and context.states is not None
         self._head = context.draft.head
-        self._hidden = torch.zeros(max_num_seqs, self._head.num_features, dtype=context.draft.loaded.dtype)
-        """From where the head goes on."""
+        self._hidden: Tensor | None = None
+        """From where the head goes on, [max_num_seqs, num_features]; None: it has never run."""
         super().__init__(config, max_num_seqs, context, context.states.token_ids.shape[1] - 1, shift=1)
 
     def follow(self, computed: ComputedRows, states: RequestStates) -> None:
@@ -41,22 +41,28 @@ class DraftHeadProposer(ChainProposer):
             return
         firsts = np.cumsum(computed.counts, dtype=np.int64) - computed.counts
         own, offsets = row_offsets(counts[rows])
-        places = torch.from_numpy(firsts[rows][own] + offsets)
+        places = self._on_device(firsts[rows][own] + offsets)
         slots, counts, known, begins = slots[rows], counts[rows], known[rows], begins[rows]
         goes_on = begins + counts == known - 1
         self._computed[slots] = begins
         self._run(slots, counts, goes_on, [hidden[places] for hidden in computed.hidden_states])
         self._next_at[slots[goes_on]] = known[goes_on]
 
+    def _on_device(self, numbers: I64) -> Tensor:
+        return self._model.channel.upload({"": numbers})[""]
+
     def _run(self, slots: I32, counts: I64, goes_on: Bools, states: list[Tensor] | None = None) -> None:
         batch = self._forward.prepare(slots, counts.astype(np.int32), goes_on.astype(np.uint8))
         if states is None:
-            previous = self._hidden[torch.from_numpy(slots)]
+            assert self._hidden is not None, "the model's hidden states come first"
+            previous = self._hidden[self._on_device(slots.astype(np.int64))]
         else:
             previous = self._head.combine_hidden_states(states, batch)
         hidden, logits = self._forward.run(replace(batch, hidden=previous))
         self._computed[slots] += counts
         if len(logits):
-            last = torch.from_numpy((np.cumsum(counts) - 1)[goes_on])
-            self._hidden[torch.from_numpy(slots[goes_on])] = hidden[last]
+            if self._hidden is None:
+                self._hidden = hidden.new_zeros((len(self._next), self._head.num_features))
+            last = self._on_device((np.cumsum(counts) - 1)[goes_on])
+            self._hidden[self._on_device(slots[goes_on].astype(np.int64))] = hidden[last]
             self._next[slots[goes_on]] = self._read(self._head.target_ids(torch.argmax(logits, 1)))

@@ -30,6 +30,7 @@ from ops.triton.attention_tiles import (
     FLOAT32_SHARED,
     SPLIT_ROWS,
     group_of,
+    is_split,
     split_parts,
     split_queries,
     split_tile,
@@ -115,6 +116,7 @@ def new_work_list(
         has_prefill: Whether a row may have more than ``split_queries``.
     """
     group = group_of(shape)
+    has_prefill = has_prefill or not is_split(shape)
     tokens = min(num_tokens, num_rows * split_queries(shape)) if has_prefill else num_tokens
     tiles = triton.cdiv(tokens * group, SPLIT_ROWS) + num_rows
     split = tiles + min(
@@ -539,7 +541,7 @@ def paged_attention(
         library.attend(q, kv_cache, meta, out)
         return out
     work = meta.work if isinstance(meta, PlannedAttention) else plan_attention(meta, shape, kv_cache[0].dtype)
-    for items in (work.split, work.whole):
+    for items in (work.split if is_split(shape) else None, work.whole):
         if items is not None:
             _launch(q, kv_cache, meta, shape, (sinks, biases), out, work, items)
     return out
@@ -559,7 +561,7 @@ def _launch(
     keys, values = kv_cache
     sinks, biases = learned
     assert keys.is_contiguous() and values.is_contiguous()
-    is_split = items is work.split
+    of_parts = items is work.split
     args = {
         "q_ptr": q,
         "k_ptr": keys,
@@ -568,7 +570,7 @@ def _launch(
         "v_scales_ptr": scales_of(values),
         "out_ptr": out,
         "items_ptr": items,
-        "count_ptr": work.counts[:1] if is_split else work.counts[1:],
+        "count_ptr": work.counts[:1] if of_parts else work.counts[1:],
         "starts_ptr": meta.query_start_loc,
         "lengths_ptr": meta.seq_lens,
         "table_ptr": meta.block_table,
@@ -576,14 +578,14 @@ def _launch(
         "slopes_ptr": _slopes(shape.alibi_slopes, q.device),
         "biases_ptr": biases,
         "reach": 0 if biases is None else biases.shape[1] // 2,
-        **_partial_results(q, meta, shape, is_split=is_split),
+        **_partial_results(q, meta, shape, of_parts=of_parts),
         "q_stride": row_stride(q),
         "out_stride": row_stride(out),
         "table_stride": row_stride(meta.block_table),
         **_factors(shape),
         "out_scale": shape.v_scale,
     }
-    rows, warps, stages = split_tile(shape, keys.dtype) if is_split else whole_tile(shape, keys.dtype)
+    rows, warps, stages = split_tile(shape, keys.dtype) if of_parts else whole_tile(shape, keys.dtype)
     launch(
         attention_kernel,
         (min(len(items) * shape.num_kv_heads, PROGRAMS),),
@@ -600,15 +602,15 @@ def _launch(
         CAUSAL=shape.causal,
         HAS_CAP=bool(shape.logit_softcap),
         PART=attention_tiles.PART,
-        IS_SPLIT=is_split,
+        IS_SPLIT=of_parts,
     )
 
 
 def _partial_results(
-    q: Tensor, meta: AttentionMetadata, shape: AttentionShape, *, is_split: bool
+    q: Tensor, meta: AttentionMetadata, shape: AttentionShape, *, of_parts: bool
 ) -> dict[str, Tensor | None]:
     """Memory for the results of parts, and counters of those that are done."""
-    if not is_split:
+    if not of_parts:
         return {"partial_ptr": None, "state_ptr": None, "arrivals_ptr": None}
     parts = triton.cdiv(meta.block_table.shape[1] * meta.block_size, attention_tiles.PART)
     slots = group_of(shape) * min(q.shape[0] * parts, split_parts(shape))
@@ -652,6 +654,8 @@ def cases() -> Iterator[Case]:
         "64 both ways": AttentionShape(12, 12, 64, 0.125, causal=False),
         "64 both ways window": AttentionShape(12, 12, 64, 0.125, causal=False, sliding_window=65),
         "64 both ways biases": AttentionShape(12, 12, 64, 0.125, causal=False, has_biases=True),
+        "72 both ways": AttentionShape(16, 16, 72, 0.12, causal=False),
+        "80 both ways": AttentionShape(16, 16, 80, 0.11, causal=False),
     }
     for name, shape in kinds.items():
         yield _case(name, shape, torch.bfloat16)
@@ -667,7 +671,7 @@ def cases() -> Iterator[Case]:
     yield _case("128", kinds["128"], torch.float32)
     yield replace(_case("256 cap", kinds["256 cap"], torch.float32), targets=nvidia)
     wide = AttentionShape(8, 1, 512, 1.0)
-    yield replace(_case("512", wide, torch.bfloat16), targets=nvidia)
+    yield _case("512", wide, torch.bfloat16)
     roomy = frozenset(name for name in nvidia if TARGETS[name].max_shared >= FLOAT32_SHARED)
     yield replace(_case("512", wide, torch.float32), targets=roomy)
     yield replace(_case("512", wide, torch.bfloat16, torch.int8), targets=nvidia)
@@ -692,4 +696,4 @@ def _case(name: str, shape: AttentionShape, dtype: torch.dtype, kv_dtype: torch.
 
     types = [dtype] if kv_dtype is None else [kv_dtype] if dtype == torch.bfloat16 else [dtype, kv_dtype]
     name = " ".join([name, *(str(each).removeprefix("torch.") for each in types)])
-    return Case(name, call, min_load=2 if sinks is not None or kv_dtype == torch.int8 else 4)
+    return Case(name, call, min_load=2 if sinks is not None or kv_dtype == torch.int8 else 4, family=name)

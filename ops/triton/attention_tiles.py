@@ -31,8 +31,6 @@ def unsupported(shape: AttentionShape, dtype: torch.dtype) -> str | None:
         return f"heads of {largest} numbers are not supported; at most {MAX_HEAD_DIM}"
     if dtype == torch.float32 and largest > 128 and target().backend == "hip":
         return f"heads of {largest} numbers in float32 are not supported on AMD; use bfloat16"
-    if largest > WIDE_HEAD_DIM and target().backend == "hip":
-        return f"heads of {largest} numbers are not supported on AMD yet"
     if dtype == torch.float32 and largest > WIDE_HEAD_DIM and target().max_shared < FLOAT32_SHARED:
         return f"heads of {largest} numbers in float32 need a GPU with more shared memory; use --dtype bfloat16"
     return None
@@ -61,6 +59,11 @@ def is_wide(shape: AttentionShape) -> bool:
     return max(shape.head_dim, shape.v_dim) > WIDE_HEAD_DIM
 
 
+def is_split(shape: AttentionShape) -> bool:
+    """Whether rows with few queries are cut into parts. For wide heads, AMD's scalar registers do not suffice."""
+    return not (is_wide(shape) and shape.kind == "kv" and target().backend == "hip")
+
+
 def split_parts(shape: AttentionShape) -> int:
     """See ``SPLIT_PARTS``. Parts of wide heads have results that take more memory."""
     return max(1, SPLIT_PARTS // 8) if is_wide(shape) else SPLIT_PARTS
@@ -68,7 +71,7 @@ def split_parts(shape: AttentionShape) -> int:
 
 def split_queries(shape: AttentionShape) -> int:
     """Queries of a row up to which it is split into parts."""
-    return max(1, 2 * SPLIT_ROWS // group_of(shape))
+    return max(1, 2 * SPLIT_ROWS // group_of(shape)) if is_split(shape) else 0
 
 
 def group_of(shape: AttentionShape) -> int:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ops.adapters import ExpertAdapters
 from ops.metadata import AdapterRows
-from ops.packed import Encoding, ExpertWeights, QuantizedWeight, SwiGLUOAI
-from ops.triton import configs, gemm, pointwise, quantized
+from ops.packed import Encoding, ExpertWeights, QuantizedActivations, QuantizedWeight, SwiGLUOAI
+from ops.triton import configs, fp8, gemm, per_token, pointwise, quantized
 from ops.triton.catalog import Case, meta
 from ops.triton.codes import Layout
 from ops.triton.configs import Config, power_of_two
@@ -167,6 +167,49 @@ def quantized_expert_gemm_kernel(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def rounded_expert_gemm_kernel(
+    w_ptr, w_scale_ptr, weights_ptr, bias_ptr, biases_ptr, x_ptr, x_scale_ptr, lists_ptr, counts_ptr, out_ptr,
+    tokens, N, padded, out_stride, GATHERS: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_TILE: tl.constexpr,
+    GROUPED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """As ``expert_gemm_kernel``, with the products of ``per_token_gemm_kernel`` or ``fp8_gemm_kernel``."""
+    tiles_n = tl.cdiv(N, TILE_N)
+    own, tile_m, M, first = _item(counts_ptr, tl.program_id(0) // tiles_n, EXPERTS, EXPERTS_TILE, TILE_M)
+    if own < EXPERTS:
+        own_k = tl.arange(0, TILE_K)
+        m = tile_m * TILE_M + tl.arange(0, TILE_M)
+        n = (tl.program_id(0) % tiles_n) * TILE_N + tl.arange(0, TILE_N)
+        row = tl.minimum(n, N - 1)
+        source = first + tl.minimum(m, M - 1)
+        if GATHERS:
+            source = tl.load(lists_ptr + own.to(tl.int64) * tokens + m, mask=m < M, other=0).to(tl.int64)
+        x_places = x_ptr + (source * padded)[:, None] + own_k[None, :]
+        x_scale = tl.load(x_scale_ptr + source, mask=m < M, other=0.0)[None, :]
+        distance = tl.load(weights_ptr + own)
+        w_base = _moved(w_ptr, distance)
+        w_places = w_base + (row.to(tl.int64) * padded)[:, None] + own_k[None, :]
+        up_places = w_base + ((row + N).to(tl.int64) * padded)[:, None] + own_k[None, :]
+        w_scales = _moved(w_scale_ptr, distance)
+        if x_ptr.dtype.element_ty == tl.int8:
+            total, total_up = per_token.scaled_sums(
+                w_places, up_places, w_scales, x_places, x_scale, row, N, padded, False, GATED, TILE_M, TILE_N, TILE_K
+            )
+        else:
+            total, total_up = fp8.scaled_sums(
+                w_places, up_places, w_scales, x_places, x_scale, row, N, padded, GROUPED, GATED,
+                TILE_M, TILE_N, TILE_K,
+            )  # fmt: skip
+        bias = out_ptr
+        if biases_ptr is not None:
+            bias = _moved(bias_ptr, tl.load(biases_ptr + own))
+        gemm._finish(
+            total, total_up, m, n, M, N, bias, None, 0, out_ptr + first * out_stride, out_stride,
+            ACTIVATION, GATED, biases_ptr is not None, False,
+        )  # fmt: skip
+
+
 @triton.jit
 def _choices(routed_ptr, places_ptr, counts_ptr, token, routed_stride, EXPERTS: tl.constexpr, TILE: tl.constexpr):
     """All experts, the weight of each for a token, whether it is chosen, and the row of its result."""
@@ -269,9 +312,11 @@ def _check(weights: ExpertWeights) -> None:
             raise NotImplementedError(
                 "GPUs do not multiply with experts in several formats yet (--quantization none converts them)"
             )
-        if any(isinstance(weight, QuantizedWeight) and weight.activations != "float" for weight in each):
+        kinds = {weight.activations for weight in each if isinstance(weight, QuantizedWeight)}
+        if len(kinds) > 1 or kinds - {"float", *quantized.ROUNDED}:
             raise NotImplementedError(
-                "GPUs multiply quantised experts with activations in float only (--quantized-activations float)"
+                f"GPUs do not multiply quantised experts with activations in {' and '.join(sorted(kinds))} "
+                "(--quantized-activations float)"
             )
 
 
@@ -378,6 +423,9 @@ def _product(
     constants: dict[str, Any] = {}
     given = args | {"x_ptr": x, "out_ptr": out, "N": n, "K": k, "segment_size": gemm.segment_size(k, segments)}
     given |= {"x_stride": row_stride(x), "out_stride": row_stride(out)}
+    if isinstance(weight, QuantizedWeight) and weight.activations != "float":
+        _rounded_product(x, weight, out, args, count, follower, gathers=gathers)
+        return
     if isinstance(weight, QuantizedWeight):
         (segment,) = weight.segments
         layout = Layout(segment.rows, k, segment.encoding)
@@ -417,6 +465,41 @@ def _product(
     )
 
 
+def _rounded_product(
+    x: Tensor,
+    weight: QuantizedWeight,
+    out: Tensor,
+    args: dict[str, Any],
+    count: int,
+    follower: Follower,
+    *,
+    gathers: bool,
+) -> None:
+    """As ``_product``, with activations rounded to 8 bits: a token's once for all its experts."""
+    (rows, n), (segment,) = out.shape, weight.segments
+    layout = Layout(segment.rows, x.shape[1], segment.encoding)
+    dtype, _ = quantized.ROUNDED[weight.activations]
+    codes, scales = per_token.quantized_rows(x, layout.padded, None, dtype)
+    choose = per_token.config_of if dtype == torch.int8 else fp8.config_of
+    config = choose(max(1, rows // count), is_gated=follower.is_gated)
+    tile = dict(config.tile)
+    given = args | {"x_ptr": codes, "x_scale_ptr": scales, "out_ptr": out, "N": n, "padded": layout.padded}
+    given |= {"w_ptr": layout.view(segment.data, "low"), "w_scale_ptr": layout.view(segment.data, "scale")}
+    items = min(rows, rows // tile["TILE_M"] + count)
+    launch(
+        rounded_expert_gemm_kernel,
+        (items * triton.cdiv(n, tile["TILE_N"]),),
+        given | {"out_stride": row_stride(out)},
+        config,
+        GATHERS=gathers,
+        EXPERTS=count,
+        EXPERTS_TILE=power_of_two(count),
+        GROUPED=layout.group_size > 0,
+        ACTIVATION=follower.activation,
+        GATED=follower.is_gated,
+    )
+
+
 def cases() -> Iterator[Case]:
     """Calls for the catalogue."""
     shapes = {"8 of 128": (2048, 768, 128, 8), "2 of 8": (4096, 14336, 8, 2)}
@@ -433,6 +516,22 @@ def cases() -> Iterator[Case]:
         for tokens in (8, 1024):
             x, routed = meta(tokens, 2048), meta(tokens, 128, dtype=torch.float32)
             yield Case(f"{name} m={tokens}", partial(experts, x, routed, weights), min_load=1, family="quantised")
+    kinds: dict[str, tuple[Encoding, QuantizedActivations]] = {
+        "fp8 blocks": (Encoding("fp8_e4m3", fp8.COLUMNS, torch.float32), "fp8_per_token"),
+        "fp8 rows": (Encoding("fp8_e4m3", 4096, torch.float32), "fp8_per_token"),
+        "int8 rows": (Encoding("int8", 4096, torch.bfloat16), "int8_per_token"),
+    }
+    for name, (encoding, activations) in kinds.items():
+        targets = None if activations == "int8_per_token" else fp8.TARGETS_WITH_PRODUCTS
+        rounded = [
+            tuple(replace(quantized.empty(encoding, *shape), activations=activations) for _ in range(128))
+            for shape in ((1536, 2048), (2048, 768))
+        ]
+        weights = ExpertWeights(rounded[0], rounded[1], None, None, "silu", 8)
+        for tokens in (8, 1024):
+            x, routed = meta(tokens, 2048), meta(tokens, 128, dtype=torch.float32)
+            call = partial(experts, x, routed, weights)
+            yield Case(f"{name} m={tokens}", call, min_load=2, family=name, targets=targets)
     yield from _cases_of_families()
 
 

@@ -32,6 +32,10 @@ def has_products(target: Target) -> bool:
     return target.capability >= LEAST_CAPABILITY
 
 
+TARGETS_WITH_PRODUCTS = frozenset(name for name, each in TARGETS.items() if has_products(each))
+"""Names of targets."""
+
+
 @triton.jit
 def _scales(pointer, row, start, groups, GROUPED: tl.constexpr):
     """The scales of some rows of a weight for the columns from ``start`` on, float32 [n, 1]."""
@@ -41,22 +45,12 @@ def _scales(pointer, row, start, groups, GROUPED: tl.constexpr):
     return tl.load(pointer + place).to(tl.float32)[:, None]
 
 
-@triton.jit(do_not_specialize=["M"])
-def fp8_gemm_kernel(
-    w_ptr, w_scale_ptr, x_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_ptr, M, N, padded, residual_stride, out_stride,
-    GROUPED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, GROUP: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+@triton.jit
+def scaled_sums(
+    w_places, up_places, w_scale_ptr, x_places, x_scale, row, N, padded,
+    GROUPED: tl.constexpr, GATED: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """As ``per_token_gemm_kernel``. ``GROUPED``: weights have a scale for each 128 columns."""
-    tiles_m = tl.cdiv(M, TILE_M)
-    tile_m, tile_n, _segment = gemm._tile_of(tiles_m, tl.cdiv(N, TILE_N), 1, False, GROUP)
-    own_k = tl.arange(0, TILE_K)
-    m = tile_m * TILE_M + tl.arange(0, TILE_M)
-    n = tile_n * TILE_N + tl.arange(0, TILE_N)
-    row = tl.minimum(n, N - 1)
-    x_places = x_ptr + (tl.minimum(m, M - 1).to(tl.int64) * padded)[:, None] + own_k[None, :]
-    w_places = w_ptr + (row.to(tl.int64) * padded)[:, None] + own_k[None, :]
-    up_places = w_ptr + ((row + N).to(tl.int64) * padded)[:, None] + own_k[None, :]
+    """As ``per_token.scaled_sums``. ``GROUPED``: weights have a scale for each 128 columns."""
     groups = padded // 128
     total = tl.zeros([TILE_N, TILE_M], tl.float32)
     total_up = tl.zeros([TILE_N, TILE_M], tl.float32)
@@ -73,7 +67,6 @@ def fp8_gemm_kernel(
             if GROUPED:
                 sums_up = sums_up * _scales(w_scale_ptr, row + N, start, groups, True)
             total_up += sums_up
-    x_scale = tl.load(x_scale_ptr + m, mask=m < M, other=0.0)[None, :]
     if GROUPED:
         total = total * x_scale
         total_up = total_up * x_scale
@@ -81,6 +74,29 @@ def fp8_gemm_kernel(
         total = total * (_scales(w_scale_ptr, row, 0, groups, False) * x_scale)
         if GATED:
             total_up = total_up * (_scales(w_scale_ptr, row + N, 0, groups, False) * x_scale)
+    return total, total_up
+
+
+@triton.jit(do_not_specialize=["M"])
+def fp8_gemm_kernel(
+    w_ptr, w_scale_ptr, x_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_ptr, M, N, padded, residual_stride, out_stride,
+    GROUPED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, GROUP: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """As ``per_token_gemm_kernel``."""
+    tiles_m = tl.cdiv(M, TILE_M)
+    tile_m, tile_n, _segment = gemm._tile_of(tiles_m, tl.cdiv(N, TILE_N), 1, False, GROUP)
+    own_k = tl.arange(0, TILE_K)
+    m = tile_m * TILE_M + tl.arange(0, TILE_M)
+    n = tile_n * TILE_N + tl.arange(0, TILE_N)
+    row = tl.minimum(n, N - 1)
+    x_places = x_ptr + (tl.minimum(m, M - 1).to(tl.int64) * padded)[:, None] + own_k[None, :]
+    w_places = w_ptr + (row.to(tl.int64) * padded)[:, None] + own_k[None, :]
+    up_places = w_ptr + ((row + N).to(tl.int64) * padded)[:, None] + own_k[None, :]
+    x_scale = tl.load(x_scale_ptr + m, mask=m < M, other=0.0)[None, :]
+    total, total_up = scaled_sums(
+        w_places, up_places, w_scale_ptr, x_places, x_scale, row, N, padded, GROUPED, GATED, TILE_M, TILE_N, TILE_K
+    )
     gemm._finish(
         total, total_up, m, n, M, N, bias_ptr, residual_ptr, residual_stride, out_ptr, out_stride,
         ACTIVATION, GATED, HAS_BIAS, HAS_RESIDUAL,
@@ -91,13 +107,13 @@ def product(codes: Tensor, scales: Tensor, segment: Segment, k: int, epilogue: E
     """As ``per_token.product``."""
     layout = Layout(segment.rows, k, segment.encoding)
     assert layout.format == "fp8_e4m3" and layout.group_size in (0, COLUMNS), "codes in FP8 with scales of 128 columns"
-    config = _config(len(out), is_gated=epilogue.is_gated)
+    config = config_of(len(out), is_gated=epilogue.is_gated)
     is_grouped = layout.group_size > 0
     launch_product(fp8_gemm_kernel, config, codes, scales, segment, layout, epilogue, out, GROUPED=is_grouped)
 
 
-def _config(rows: int, *, is_gated: bool) -> Config:
-    """A sum is that of 128 columns after the other, whatever is chosen here."""
+def config_of(rows: int, *, is_gated: bool) -> Config:
+    """Tiles for so many rows. A sum is that of 128 columns after the other, whatever is chosen here."""
     tile_m = next((size for size in (16, 32, 64) if rows <= size), 64 if is_gated else 128)
     tile_n = 64 if tile_m < 128 else 128
     return Config(8 if tile_m == 128 else 4, 3, (("TILE_M", tile_m), ("TILE_N", tile_n), ("TILE_K", COLUMNS)))
@@ -105,9 +121,9 @@ def _config(rows: int, *, is_gated: bool) -> Config:
 
 def cases() -> Iterator[Case]:
     """Calls for the catalogue."""
-    targets = frozenset(name for name, target in TARGETS.items() if has_products(target))
+    targets = TARGETS_WITH_PRODUCTS
     e4m3 = torch.float8_e4m3fn
-    yield Case("4096", partial(quantized_rows, meta(64, 4096), 4096, None, e4m3), targets=targets)
+    yield Case("4096 fp8", partial(quantized_rows, meta(64, 4096), 4096, None, e4m3), targets=targets)
     gated = Epilogue(activation="silu", is_gated=True)
     for name, size, n, epilogue in (
         ("rows", 4096, 4096, PLAIN),

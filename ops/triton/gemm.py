@@ -370,6 +370,8 @@ def cases() -> Iterator[Case]:
         yield Case(
             f"gelu m={m}", partial(matmul, x, meta(8192, 4096), Epilogue(activation="gelu")), True, family="bf16"
         )
+        patches = partial(matmul, meta(m, 588), meta(1152, 588), Epilogue(meta(1152)))
+        yield Case(f"patches m={m}", patches, True, min_load=2, family="bf16")
         half, rows = meta(m, 4096, dtype=torch.float16), meta(m, dtype=torch.int64)
         yield Case(f"fp16 m={m}", partial(matmul, half, meta(4096, 4096, dtype=torch.float16)), True, family="fp16")
         yield Case(f"logits m={m}", partial(matmul, x, meta(128256, 4096), dtype=torch.float32), True, family="bf16")

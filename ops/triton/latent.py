@@ -282,7 +282,7 @@ def latent_attention(
         args: dict[str, Any] = {"q_ptr": q, "q_rope_ptr": turned, "cache_ptr": cache, "out_ptr": out}
         args |= {"items_ptr": items, "count_ptr": work.counts[:1] if is_split else work.counts[1:]}
         args |= {"starts_ptr": meta.query_start_loc, "lengths_ptr": meta.seq_lens, "table_ptr": meta.block_table}
-        args |= attention._partial_results(q, meta, shape, is_split=is_split)
+        args |= attention._partial_results(q, meta, shape, of_parts=is_split)
         args |= {"q_stride": row_stride(q), "out_stride": row_stride(out)}
         args |= {"table_stride": row_stride(meta.block_table), "scale": shape.scale * attention.LOG2_E}
         tile = attention_tiles.split_tile if is_split else attention_tiles.whole_tile
@@ -364,10 +364,12 @@ def cases() -> Iterator[Case]:
         cache = meta(blocks, 1, block_size, 576, dtype=dtype)
         name = f"{heads} heads {str(dtype).removeprefix('torch.')}"
         call = partial(latent_attention, q, q_rope, latents, k_rope, positions, angles, (cache,), step, shape)
-        yield Case(name, call, min_load=2, targets=large if dtype == torch.float32 else None)
+        targets = large if dtype == torch.float32 else None
+        yield Case(name, call, min_load=2, family=name, targets=targets)
         if dtype == torch.bfloat16:
             for size, (n, k, head_dim) in {"keys": (512, 128, 192), "values": (128, 512, 512)}.items():
                 weights = tuple(meta(n, k) for _ in range(heads))
                 for m in (8, 64, 512):
                     x = meta(m, heads * head_dim)
-                    yield Case(f"{size} {heads} heads m={m}", partial(heads_linear, x, weights, head_dim), True)
+                    call = partial(heads_linear, x, weights, head_dim)
+                    yield Case(f"{size} {heads} heads m={m}", call, True, family="bf16")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +57,11 @@ class Launch:
             options["matrix_instr_nonkdim"] = 16
         return options
 
+    def compile(self) -> None:
+        """Compiles the kernel for these arguments, on the current GPU. Kernels that are interpreted need it not."""
+        if not INTERPRETED:
+            self.kernel.warmup(grid=self.grid, **self.args, **self.constants, **self.options)
+
     def run(self) -> None:
         """Runs the kernel on the current stream.
 
@@ -75,8 +80,27 @@ class Launch:
 class Call(Launch):
     """A function of a library among launches: ``kernel``, which writes to tensors in its arguments."""
 
+    def compile(self) -> None:
+        pass
+
     def run(self) -> None:
         self.kernel(**self.args)
+
+
+def different(launches: Sequence[Launch]) -> list[Launch]:
+    """Of launches that are the same kernel to the compiler, one each."""
+    found: dict[tuple[Any, ...], Launch] = {}
+    for each in launches:
+        args = [(name, *_kind(value)) for name, value in each.args.items()]
+        found.setdefault((each.name, *args, each.config, repr(each.constants)), each)
+    return list(found.values())
+
+
+def _kind(value: Any) -> tuple[Any, ...]:
+    """What the compiler may know of an argument."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    return (type(value), value in (0, 1), value % 16 == 0) if isinstance(value, int) else (type(value),)
 
 
 Sink = Callable[[Launch], None]

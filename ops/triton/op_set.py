@@ -37,6 +37,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "adapted_logits": adapters.adapted_logits,
     "add": pointwise.add,
     "clip": pointwise.clip,
+    "concat": gather.concat,
     "embedding": linear.embedding,
     "experts": experts.experts,
     "gated_delta": recurrent.gated_delta,

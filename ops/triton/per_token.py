@@ -74,6 +74,27 @@ def _signed(pointers):
     return (tl.load(pointers) ^ 128).to(tl.int8, bitcast=True)
 
 
+@triton.jit
+def scaled_sums(
+    w_places, up_places, w_scale_ptr, x_places, x_scale, row, N, padded,
+    GROUPED: tl.constexpr, GATED: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of products, float32 [n, m]: the rows of weights at ``row``, and if gated those N further, with rows of
+    codes whose scales are ``x_scale`` [1, m]."""
+    sums = tl.zeros([TILE_N, TILE_M], tl.int32)
+    sums_up = tl.zeros([TILE_N, TILE_M], tl.int32)
+    for start in range(0, padded, TILE_K):
+        x = tl.trans(tl.load(x_places + start))
+        sums = tl.dot(_signed(w_places + start), x, sums, out_dtype=tl.int32)
+        if GATED:
+            sums_up = tl.dot(_signed(up_places + start), x, sums_up, out_dtype=tl.int32)
+    total = sums.to(tl.float32) * (tl.load(w_scale_ptr + row).to(tl.float32)[:, None] * x_scale)
+    total_up = total
+    if GATED:
+        total_up = sums_up.to(tl.float32) * (tl.load(w_scale_ptr + row + N).to(tl.float32)[:, None] * x_scale)
+    return total, total_up
+
+
 @triton.jit(do_not_specialize=["M"])
 def per_token_gemm_kernel(
     w_ptr, w_scale_ptr, x_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_ptr, M, N, padded, residual_stride, out_stride,
@@ -90,19 +111,10 @@ def per_token_gemm_kernel(
     x_places = x_ptr + (tl.minimum(m, M - 1).to(tl.int64) * padded)[:, None] + own_k[None, :]
     w_places = w_ptr + (row.to(tl.int64) * padded)[:, None] + own_k[None, :]
     up_places = w_ptr + ((row + N).to(tl.int64) * padded)[:, None] + own_k[None, :]
-    sums = tl.zeros([TILE_N, TILE_M], tl.int32)
-    sums_up = tl.zeros([TILE_N, TILE_M], tl.int32)
-    for start in range(0, padded, TILE_K):
-        x = tl.trans(tl.load(x_places + start))
-        sums = tl.dot(_signed(w_places + start), x, sums, out_dtype=tl.int32)
-        if GATED:
-            sums_up = tl.dot(_signed(up_places + start), x, sums_up, out_dtype=tl.int32)
     x_scale = tl.load(x_scale_ptr + m, mask=m < M, other=0.0)[None, :]
-    scale = tl.load(w_scale_ptr + row).to(tl.float32)[:, None] * x_scale
-    total = sums.to(tl.float32) * scale
-    total_up = total
-    if GATED:
-        total_up = sums_up.to(tl.float32) * (tl.load(w_scale_ptr + row + N).to(tl.float32)[:, None] * x_scale)
+    total, total_up = scaled_sums(
+        w_places, up_places, w_scale_ptr, x_places, x_scale, row, N, padded, False, GATED, TILE_M, TILE_N, TILE_K
+    )
     gemm._finish(
         total, total_up, m, n, M, N, bias_ptr, residual_ptr, residual_stride, out_ptr, out_stride,
         ACTIVATION, GATED, HAS_BIAS, HAS_RESIDUAL,
@@ -129,7 +141,7 @@ def product(codes: Tensor, scales: Tensor, segment: Segment, k: int, epilogue: E
     layout = Layout(segment.rows, k, segment.encoding)
     assert layout.padded * 127 * 128 < 1 << 31, "sums fit 32 bits"
     assert layout.bits == 8 and not layout.group_size and layout.offset == 128, "codes with a scale for each row"
-    config = _config(len(out), is_gated=epilogue.is_gated)
+    config = config_of(len(out), is_gated=epilogue.is_gated)
     launch_product(per_token_gemm_kernel, config, codes, scales, segment, layout, epilogue, out)
 
 
@@ -168,8 +180,8 @@ def launch_product(
     )
 
 
-def _config(rows: int, *, is_gated: bool) -> Config:
-    """Sums are exact, so no choice here decides bits."""
+def config_of(rows: int, *, is_gated: bool) -> Config:
+    """Tiles for so many rows. Sums are exact, so no choice here decides bits."""
     tile_m = next((size for size in (16, 32, 64) if rows <= size), 128)
     tile_n = 64 if tile_m < 64 or is_gated else 128
     stages = 2 if target().backend == "hip" else 3

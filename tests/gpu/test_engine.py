@@ -106,6 +106,9 @@ def test_a_decode_step_is_four_calls(device: Device, monkeypatch: pytest.MonkeyP
         pytest.skip("the fake device counts")
     scratch.clear()
     engine = Engine(device, monkeypatch)
+    graphs = engine.device.channel.fake_graphs  # type: ignore[attr-defined]
+    ready = {each.constants["IS_SPLIT"] for each in graphs.compiled if each.name == "attention_kernel"}
+    assert ready == {True, False}, "prompts compile nothing"
     engine.add(0, random_tokens(5, 1), ResolvedParams(temperature=0.7, top_p=0.9, max_tokens=9))
     steps = []
     assert engine.launch()

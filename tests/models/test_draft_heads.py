@@ -23,11 +23,13 @@ from executor.base import ModelError
 from executor.config import ModelConfig, SpeculativeConfig
 from executor.device.cpu import CpuDevice
 from executor.messages import I32, I64
+from executor.speculative.base import ComputedRows
 from executor.speculative.draft_head import DraftHeadProposer
 from executor.speculative.forced_drafts import ForcedDrafts
 from tests import tiny
+from tests.late_device import plain
 from tests.models.harness import random_tokens
-from tests.models.test_late_device import BLOCK_SIZE, Engine, answers, op_set
+from tests.models.test_late_device import BLOCK_SIZE, Engine, ReferenceCpu, answers, op_set
 from tests.models.test_speculation import run_with_restarts
 
 __all__ = ["op_set"]
@@ -415,8 +417,9 @@ def test_chunks_preemptions_and_restarts_change_nothing(
     assert engine.scheduler.num_preemptions > 0 and engine.scheduler.drafts.num_draft_tokens > 0
 
 
-def test_a_head_goes_on_after_a_prompt_from_the_prefix_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The head's K and V of a shared block are those that an earlier request left there."""
+@pytest.fixture
+def proposed(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """What heads propose, step by step."""
     proposed: list[list[int]] = []
     propose = DraftHeadProposer.propose
 
@@ -426,6 +429,54 @@ def test_a_head_goes_on_after_a_prompt_from_the_prefix_cache(tmp_path: Path, mon
         return drafts
 
     monkeypatch.setattr(DraftHeadProposer, "propose", noted)
+    return proposed
+
+
+@pytest.mark.parametrize("method", ["eagle3", "mtp"])
+def test_gpus_propose_likewise(
+    method: str, proposed: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without drafts, steps overlap: graphs overwrite what the model computed before the head reads it."""
+    states: list[Tensor] = []
+    follow = DraftHeadProposer.follow
+
+    def noted(self: DraftHeadProposer, computed: ComputedRows, *args: Any) -> None:
+        follow(self, computed, *args)
+        states.extend(plain(each).clone() for each in computed.hidden_states)
+
+    monkeypatch.setattr(DraftHeadProposer, "follow", noted)
+    fake_cuda = pytest.importorskip("tests.fake_cuda", reason="Triton is not installed")
+    fake = fake_cuda.FakeCuda(by_itself=False, kernels="reference")
+    setup: dict[str, Any] = {"max_num_batched_tokens": 24}
+    if method == "mtp":
+        setup["folder"] = tmp_path / "model"
+        mtp_model(setup["folder"], "glm4_moe")
+    speculative = MTP if method == "mtp" else eagle_head(tmp_path / "head")[0]
+    found = []
+    for device in (ReferenceCpu(), fake):
+        engine = Engine(device, monkeypatch, speculative=speculative, **setup)
+        draft = engine.worker.runner.draft
+        assert draft is not None
+        if device is fake:
+            fake_cuda.put_on_device(draft.loaded.model)
+        for most in (None, 0):
+            for index, length in enumerate((45, 9), start=2 * (most is None)):
+                params = ResolvedParams(temperature=0.0, max_tokens=12, num_speculative_tokens=most)
+                engine.add(index, random_tokens(length, index), params)
+            engine.run()
+        found.append((engine.outputs, proposed[:], states[:]))
+        proposed.clear()
+        states.clear()
+    fake.close()
+    assert found[0][:2] == found[1][:2]
+    torch.testing.assert_close(found[1][2], found[0][2], rtol=1e-4, atol=1e-4)
+    assert sum(map(len, found[0][1])) > 30
+
+
+def test_a_head_goes_on_after_a_prompt_from_the_prefix_cache(
+    proposed: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head's K and V of a shared block are those that an earlier request left there."""
     engine = Engine(CpuDevice(), monkeypatch, speculative=eagle_head(tmp_path / "head")[0])
     prompt = random_tokens(70, 3)
     for index in range(2):

@@ -136,8 +136,6 @@ def test_a_draft_model_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPa
         Engine(CpuDevice(), monkeypatch, speculative=draft_model(draft=other))
     with pytest.raises(ModelError, match="keep a state, from which its own drafts cannot be taken away"):
         Engine(CpuDevice(), monkeypatch, speculative=draft_model("qwen3_5"))
-    with pytest.raises(ModelError, match="draft heads run on CPUs alone so far; use a draft model or the method"):
-        Engine(LateDevice(by_itself=False), monkeypatch, speculative=draft_model(method="eagle3"))
 
 
 def test_a_draft_model_knows_prompts_from_the_prefix_cache(monkeypatch: pytest.MonkeyPatch) -> None:

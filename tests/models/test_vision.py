@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import ops
 from engine_core.cache_shape import CacheShape, GroupShape
 from engine_core.config import CacheConfig, SchedulerConfig
 from engine_core.messages import EngineCoreRequest, ResolvedParams, f32
@@ -21,11 +24,13 @@ from engine_core.scheduler import Scheduler
 from engine_core.validation import request_problem
 from executor import model_runner
 from executor.captured_layers import CapturedLayers
-from executor.config import ModelConfig, StepSize
+from executor.config import DeviceConfig, ModelConfig, StepSize
+from executor.device.base import Device
 from executor.device.cpu import CpuDevice
 from executor.forward import run_model
 from executor.image_inputs import ImageInputs
 from executor.layers.attention import form_groups
+from executor.layers.rotary import RotaryEmbedding
 from executor.loader import load_model
 from executor.messages import InitKVCache
 from executor.model_runner import ModelRunner
@@ -33,6 +38,7 @@ from executor.models.vision.layer_stack import LayerStack
 from executor.parallel import ParallelState
 from ops.cpu.ranks import SharedRank
 from tests import tiny
+from tests.late_device import plain
 from tests.models.harness import CPU, random_tokens
 from tests.ops.cpu import NEEDS_KERNELS
 from tests.shared_ranks import on_shared_ranks, state_of
@@ -49,16 +55,25 @@ def runner(name: str, step: int) -> ModelRunner:
     return new_runner(name, step)
 
 
-def new_runner(name: str, step: int, rank: SharedRank | None = None, config: ModelConfig | None = None) -> ModelRunner:
+def new_runner(
+    name: str,
+    step: int,
+    rank: SharedRank | None = None,
+    config: ModelConfig | None = None,
+    device: Device | None = None,
+) -> ModelRunner:
     config = config or ModelConfig(model=str(checkpoint(name)), dtype="float32")
-    device = CpuDevice()
+    device = device or CpuDevice()
     place = ParallelState() if rank is None else state_of(rank)
     loaded = load_model(config, place, CPU, None, lambda *_: None, communicator=rank)
     groups = form_groups(loaded.model.attention_layers(), BLOCK_SIZE)
     size = StepSize(max_num_seqs=MAX_SEQS, max_num_batched_tokens=step)
     made = ModelRunner(loaded, device, groups, step_size=size, enforce_eager=False, communicator=rank)
     assert loaded.tower is not None
-    made.images = ImageInputs(loaded.tower, loaded.hf_config.hidden_size, loaded.dtype, device, step)
+    captures, hidden_size = made.channel.graphs is None, loaded.hf_config.hidden_size
+    made.images = ImageInputs(
+        loaded.tower, hidden_size, loaded.dtype, device, step, captures=captures, channel=made.channel
+    )
     return made
 
 
@@ -324,3 +339,56 @@ def test_text_alone_runs_the_captured_program(monkeypatch: pytest.MonkeyPatch) -
     engine.add(1, *requests("llava")[1])
     engine.run()
     assert eager == [5 + 16 + 7] and len(engine.encoded) == 1
+
+
+@contextmanager
+def a_gpu(kernels: str) -> Iterator[Any]:
+    """A GPU without hardware."""
+    fake_cuda = pytest.importorskip("tests.fake_cuda", reason="Triton is not installed")
+    before = ops.op_set("cpu")
+    fake = fake_cuda.FakeCuda(by_itself=False, kernels=kernels)
+    try:
+        fake.initialize(DeviceConfig(), 0)
+        yield fake
+    finally:
+        fake.close()
+        ops.use("cpu", before)
+
+
+def put_on_device(made: ModelRunner) -> ImageInputs:
+    from tests import fake_cuda
+
+    assert made.images is not None
+    for module in (made.images.tower, *made.model.modules()):
+        if module is made.images.tower or isinstance(module, RotaryEmbedding):
+            fake_cuda.put_on_device(module)
+    return made.images
+
+
+@pytest.mark.parametrize("name", ["llava_next", "mistral3", "gemma3", "idefics3", "qwen2_5_vl", "qwen3_vl"])
+def test_gpus_answer_likewise(name: str) -> None:
+    """Images of several requests in a step, prompts that are cut, and decoding in graphs; the host reads nothing."""
+    chosen = (2, 4)
+    expected = {index: alone(name)[index].tokens for index in chosen}
+    with a_gpu("reference") as fake:
+        engine = Engine(name, 40, made=new_runner(name, 40, device=fake))
+        put_on_device(engine.runner)
+        for index in chosen:
+            engine.add(index, *requests(name)[index])
+        found = engine.run()
+        assert {index: answer.tokens for index, answer in found.items()} == expected
+        assert fake.channel.calls["graph"] > 0
+
+
+def test_kernels_of_gpus_encode_images() -> None:
+    name = "llava"
+    feature = with_images(name, *requests(name)[1])[1][0]
+    images = Engine(name).images
+    with torch.inference_mode():
+        expected = images.encode(feature)
+    with a_gpu("triton") as fake:
+        images = put_on_device(new_runner(name, 256, device=fake))
+        with torch.inference_mode():
+            found = images.encode(feature)
+            fake.channel.flush()
+    torch.testing.assert_close(plain(found), expected, rtol=1e-4, atol=1e-4)

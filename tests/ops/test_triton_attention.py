@@ -18,6 +18,8 @@ from tests.triton_interpreter import ORDERS, Order, count_bytes, grid_order
 
 attention: Any = pytest.importorskip("ops.triton.attention")
 attention_tiles: Any = pytest.importorskip("ops.triton.attention_tiles")
+configs: Any = pytest.importorskip("ops.triton.configs")
+launch: Any = pytest.importorskip("ops.triton.launch")
 
 BFLOAT16 = torch.bfloat16
 SMALL = AttentionShape(4, 2, 32, 32**-0.5)
@@ -308,6 +310,20 @@ def test_the_cache_is_read_once() -> None:
         requests.step({0: 1})
     context = 1024 * 2 * 2 * 64 * 2
     assert context <= traffic.loaded <= 1.05 * context
+
+
+def test_wide_heads_on_amd_are_not_cut_into_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program goes through all parts of a token's context, with the same bits."""
+    monkeypatch.setattr(attention_tiles, "PART", 64)
+    results = []
+    for name in ("sm_90", "gfx942"):
+        requests = Requests(SHAPES["wide heads"], [70])
+        with launch.for_target(configs.TARGETS[name]):
+            with launch.recorded() as launches:
+                attention.plan_attention(requests.meta({0: 1}), requests.shape, BFLOAT16)
+            assert (launches[0].constants["SPLIT_QUERIES"] == 0) == (name == "gfx942")
+            results.append([requests.step({0: 69})[0], requests.step({0: 1})[0]])
+    assert all(map(torch.equal, *results))
 
 
 def test_what_is_not_supported_is_named() -> None:

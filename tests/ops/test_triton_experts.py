@@ -116,6 +116,49 @@ def test_quantised_experts_multiply_as_layers_do(bits: int, size: int) -> None:
     assert not found[2].any()
 
 
+@pytest.mark.parametrize("kind", ["int8 rows", "fp8 rows", "fp8 blocks"])
+def test_activations_of_experts_are_rounded_as_those_of_layers(kind: str) -> None:
+    """A token's once for all its experts; whatever is computed beside it, its bits are the same."""
+    hidden, inner, count = 256, 128, 3
+
+    def packed(rows: int, columns: int, seed: int) -> QuantizedWeight:
+        generator = torch.Generator().manual_seed(seed)
+        scales = 0.02 + 0.01 * torch.rand(rows, 1, generator=generator)
+        with using("triton"):
+            if kind == "int8 rows":
+                codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=generator)
+                return ops.pack_groups(codes, scales, bits=8, dtype=torch.bfloat16, activations="int8_per_token")
+            values = torch.randn(rows, columns, generator=generator).to(torch.float8_e4m3fn).view(torch.uint8)
+            size = 128 if kind == "fp8 blocks" else columns
+            options: Any = {"dtype": torch.bfloat16, "activations": "fp8_per_token"}
+            return ops.pack_floats(
+                values, scales.repeat(1, columns // size), format="fp8_e4m3", group_size=size, **options
+            )
+
+    def layer() -> ExpertWeights:
+        gate_up, down = (
+            tuple(packed(*shape, seed) for seed in range(count)) for shape in ((2 * inner, hidden), (hidden, inner))
+        )
+        return ExpertWeights(gate_up, down, None, None, "silu", 2)
+
+    x, routed = randn(5, hidden, dtype=torch.bfloat16), torch.zeros(5, count)
+    for token in range(4):
+        routed[token, token % count] = 0.5
+        routed[token, (token + 1) % count] = 0.25
+    found = triton_experts.experts(x, routed, weights := layer())
+    linear: Any = pytest.importorskip("ops.triton.linear")
+    for token in range(4):
+        total = torch.zeros(hidden)
+        for expert in range(count):
+            if routed[token, expert]:
+                gate_up = linear.linear(x[token : token + 1], weights.gate_up[expert])
+                out = linear.logits(ops.act_and_mul.reference(gate_up, "silu"), weights.down[expert])[0]
+                total = torch.addcmul(total.double(), out.double(), routed[token, expert].double()).float()
+        assert torch.equal(found[token], total.to(torch.bfloat16))
+    assert not found[4].any()
+    assert torch.equal(triton_experts.experts(x[1:2], routed[1:2], weights), found[1:2])
+
+
 @pytest.mark.parametrize("kind", ["gpt-oss", "llama 4", "without gates"])
 def test_experts_of_other_families(kind: str) -> None:
     plain = a_layer(torch.bfloat16, has_bias=kind == "gpt-oss")

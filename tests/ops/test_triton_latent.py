@@ -15,7 +15,7 @@ from ops.triton.configs import TARGETS
 from ops.triton.launch import for_target
 from tests.ops.cpu import randn
 from tests.ops.test_cpu_latent import LatentRequests
-from tests.triton_interpreter import count_bytes, grid_order
+from tests.triton_interpreter import grid_order
 
 latent: Any = pytest.importorskip("ops.triton.latent")
 attention_tiles: Any = pytest.importorskip("ops.triton.attention_tiles")
@@ -73,16 +73,6 @@ def test_the_same_bits_in_chunks_and_batches() -> None:
                 parts[row].append(result)
     for whole, part in zip(expected, parts, strict=True):
         assert torch.equal(torch.cat(part), whole)
-
-
-def test_the_cache_is_read_once() -> None:
-    """A row is key and value of all heads."""
-    requests = TritonRequests(AttentionShape(16, 1, 80, scale=0.1, v_head_dim=64, kind="latent"), [512])
-    requests.done, requests.cache = [511], torch.zeros_like(requests.cache)
-    with count_bytes() as traffic:
-        requests.step({0: 1})
-    context = 512 * 80 * 2
-    assert context <= traffic.loaded <= 1.2 * context
 
 
 @pytest.mark.parametrize(("rows", "columns", "head_dim"), [(40, 56, 64), (64, 32, 32)])

@@ -17,6 +17,9 @@ from tests.stub_cuda import Event, Graph, stubbed
 
 
 class Kernel:
+    def compile(self) -> None:
+        pass
+
     def run(self) -> None:
         Graph.log.append("launch")
 
@@ -79,6 +82,20 @@ def test_a_graph_is_captured_without_stopping_other_threads(steps: CudaSteps) ->
     replay = steps.graphs.capture([Kernel(), Kernel()])
     replay()
     assert Graph.log == ["begin thread_local", "launch", "launch", "end", "replay"]
+
+
+def test_each_kernel_is_compiled_once(steps: CudaSteps, monkeypatch: pytest.MonkeyPatch) -> None:
+    pointwise: Any = pytest.importorskip("ops.triton.pointwise")
+    recorded = pytest.importorskip("ops.triton.launch").recorded
+    compiled: list[str] = []
+    monkeypatch.setattr("ops.triton.launch.Launch.compile", lambda each: compiled.append(each.name))
+    x = torch.zeros(2, 32)
+    with recorded() as launches:
+        for _ in range(2):
+            pointwise.add(x, x)
+            pointwise.scale(x, 2.0)
+    steps.graphs.compile(launches)
+    assert len(launches) == 4 and len(compiled) == 2
 
 
 def test_neighbours_are_copied_at_once() -> None:

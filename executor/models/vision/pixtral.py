@@ -82,7 +82,7 @@ class PixtralTower(VisionTower):
         if own.head_dim % 4:
             own.bad("num_attention_heads", "a number of heads whose size is a multiple of 4")
         frequencies = 1.0 / (theta ** (torch.arange(0, own.head_dim, 2, dtype=torch.float32) / own.head_dim))
-        self.rotary = GridRotary(side**2, own.head_dim, frequencies[0::2], frequencies[1::2])
+        self.rotary = GridRotary(side**2, own.head_dim, frequencies[0::2], frequencies[1::2], context.device)
         self.encoder = nn.Module()
         self.encoder.patch_conv = ReplicatedLinear(vision, columns, width, prefix="encoder.patch_conv")
         self.encoder.ln_pre = RMSNorm(vision, width, EPS)
@@ -111,7 +111,7 @@ class PixtralTower(VisionTower):
         encoder = self.encoder
         hidden: Tensor = encoder.get_submodule("ln_pre")(encoder.get_submodule("patch_conv")(pixels, batch))
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        self.rotary.place(rows.flatten(), columns.flatten())
+        self.rotary.place(rows.flatten(), columns.flatten(), make_batch)
         (states,) = self._run_layers(hidden, batch)
         embeddings: Tensor = self.projector(self.merged(states, height, width, make_batch), make_batch)
         return embeddings

@@ -38,7 +38,7 @@ class GridRotary(nn.Module):
     table: Tensor
     """float32 [rows, head_dim]: cosines, then sines, of an image's patches in the first rows."""
 
-    def __init__(self, num_rows: int, head_dim: int, by_row: Tensor, by_column: Tensor) -> None:
+    def __init__(self, num_rows: int, head_dim: int, by_row: Tensor, by_column: Tensor, device: torch.device) -> None:
         """Creates the rotation.
 
         Args:
@@ -46,17 +46,18 @@ class GridRotary(nn.Module):
             head_dim: Size of a head.
             by_row: Angles per row, float32 [head_dim / 4].
             by_column: Angles per column, likewise.
+            device: Where heads are rotated.
         """
         super().__init__()
         self.head_dim = head_dim
         self._frequencies = by_row, by_column
-        self.table = torch.empty(num_rows, head_dim)
+        self.table = torch.empty(num_rows, head_dim, device=device)
 
-    def place(self, rows: Tensor, columns: Tensor) -> None:
-        """Sets the places of the patches to rotate next, int64 [patches]."""
+    def place(self, rows: Tensor, columns: Tensor, make_batch: MakeBatch) -> None:
+        """Sets the places of the patches to rotate next, int64 [patches] on the host."""
         places = zip((rows, columns), self._frequencies, strict=True)
         angles = torch.cat([place.float()[:, None] * frequencies for place, frequencies in places], dim=-1)
-        self.table[: len(angles)] = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        self.table[: len(angles)] = make_batch.on_device(torch.cat((angles.cos(), angles.sin()), dim=-1))
 
     def forward(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """``positions`` int32 [patches]: rows of the table; q and k [patches, heads * head_dim], rotated."""
@@ -164,7 +165,7 @@ class Qwen2VLTower(VisionTower):
         frequencies = 1.0 / (ROPE_BASE ** (torch.arange(0, half, 2, dtype=torch.float32) / half))
         self.max_image_tokens = MAX_TOKENS
         self.max_rows = MAX_TOKENS * self.merge_size**2
-        self.rotary = GridRotary(self.max_rows, own.head_dim, frequencies, frequencies)
+        self.rotary = GridRotary(self.max_rows, own.head_dim, frequencies, frequencies, context.device)
         self.layers = nn.ModuleList()
         for index in range(own.num_layers):
             prefix = f"layers.{index}"
@@ -231,12 +232,12 @@ class Qwen2VLTower(VisionTower):
 
         Args:
             hidden: [patches, width], square by square.
-            rows: int64 [squares, patches of a square].
+            rows: int64 [squares, patches of a square], on the host.
             columns: Likewise.
             make_batch: Makes the batch.
         """
         batch = make_batch([len(hidden)])
-        self.rotary.place(rows.flatten(), columns.flatten())
+        self.rotary.place(rows.flatten(), columns.flatten(), make_batch)
         (states,) = self.run_layers(hidden, batch)
         embeddings: Tensor = self.merger(states, make_batch)
         return embeddings
@@ -287,9 +288,9 @@ class Qwen25VLTower(Qwen2VLTower):
         order = torch.sort(windows, stable=True).indices
         squares = merge**2
         lengths = (torch.bincount(windows) * squares).tolist()
-        hidden = hidden.unflatten(0, (-1, squares))[order].flatten(0, 1)
-        self.rotary.place(rows[order].flatten(), columns[order].flatten())
+        hidden = hidden.unflatten(0, (-1, squares))[make_batch.on_device(order)].flatten(0, 1)
+        self.rotary.place(rows[order].flatten(), columns[order].flatten(), make_batch)
         whole = make_batch([sum(lengths)])  # its positions are rows of the table, one for each patch
         (states,) = self.run_layers(hidden, replace(make_batch(lengths), positions=whole.positions), whole)
         embeddings: Tensor = self.merger(states, make_batch)
-        return embeddings[torch.argsort(order)]
+        return embeddings[make_batch.on_device(torch.argsort(order))]

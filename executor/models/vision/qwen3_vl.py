@@ -74,15 +74,15 @@ class Qwen3VLTower(Qwen2VLTower):
         return {**fields, "num_attention_heads": fields["num_heads"], "num_hidden_layers": fields["depth"]}
 
     def _computed(self, hidden: Tensor, rows: Tensor, columns: Tensor, make_batch: MakeBatch) -> Tensor:
-        hidden = hidden + self._positions(rows.flatten(), columns.flatten()).to(hidden.dtype)
+        hidden = hidden + self._positions(rows.flatten(), columns.flatten(), make_batch).to(hidden.dtype)
         batch = make_batch([len(hidden)])
-        self.rotary.place(rows.flatten(), columns.flatten())
+        self.rotary.place(rows.flatten(), columns.flatten(), make_batch)
         last, *inner = self.run_layers(hidden, batch)
         levels = [merger(each, make_batch) for merger, each in zip(self.deepstack, inner, strict=True)]
         levels = [levels[index] for index in np.argsort(self.deepstack_layers)]
         return torch.cat((self.merger(last, make_batch), *levels), dim=-1)
 
-    def _positions(self, rows: Tensor, columns: Tensor) -> Tensor:
+    def _positions(self, rows: Tensor, columns: Tensor, make_batch: MakeBatch) -> Tensor:
         """Learned positions [patches, width]: the table's corners are those of the image, and places between its
         entries get a mean of the four around them."""
         table = self.pos_embed.get_parameter("weight").data.float()
@@ -90,7 +90,8 @@ class Qwen3VLTower(Qwen2VLTower):
         down, across = self._taps(rows), self._taps(columns)
         for row, row_weight in down:
             for column, column_weight in across:
-                part = table[row * self.side + column] * (row_weight * column_weight)[:, None]
+                places = make_batch.on_device(row * self.side + column)
+                part = table[places] * make_batch.on_device((row_weight * column_weight)[:, None])
                 total = part if total is None else total + part
         assert total is not None
         return total

@@ -8,9 +8,9 @@ image depend on nothing else in the step.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,6 @@ from executor.models.base import Model
 from executor.models.decoder import DecoderLayer, DecoderParts, Norms
 from executor.models.vision.layer_stack import LayerStack
 
-MakeBatch = Callable[[Sequence[int]], InputBatch]
-"""Makes the batch of sequences with these numbers of rows, one after another, each of which attends within itself."""
 MAX_ROWS = 4608
 """Rows that an encoder computes at a time, unless a single sequence is longer."""
 MAX_IMAGE_SIZE = 1 << 13
@@ -69,6 +67,16 @@ def text_parts(context: ModelContext, *, is_bidirectional: bool) -> DecoderParts
         norms=LAYER_NORMS,
         positions=LearnedPositions(context),
     )
+
+
+class MakeBatch(Protocol):
+    """Brings to the device what an encoder computes with."""
+
+    def __call__(self, lengths: Sequence[int]) -> InputBatch:
+        """The batch of sequences with these numbers of rows, one after another, each of which attends within itself."""
+
+    def on_device(self, numbers: Tensor) -> Tensor:
+        """Numbers of the host, on the device for the rest of the step."""
 
 
 class VisionTower(Model):
@@ -195,8 +203,8 @@ class PatchEncoder(nn.Module):
 
         Args:
             pixels: [patches, columns of a patch].
-            positions: For each tile, int64 [patches]: the place of each patch in the table of positions, without the
-                class token.
+            positions: For each tile, int64 [patches] on the host: the place of each patch in the table of positions,
+                without the class token.
             make_batch: Makes the batch.
 
         Returns:
@@ -207,10 +215,11 @@ class PatchEncoder(nn.Module):
         if self.class_embedding is not None:
             first = (self.class_embedding.data + table[0]).unsqueeze(0)
             tiles = hidden.split([len(each) for each in positions])
-            parts = [part for tile, at in zip(tiles, positions, strict=True) for part in (first, tile + table[1:][at])]
+            places = [make_batch.on_device(each) for each in positions]
+            parts = [part for tile, at in zip(tiles, places, strict=True) for part in (first, tile + table[1:][at])]
             hidden = torch.cat(parts)
         else:
-            hidden = hidden + table[torch.cat(list(positions))]
+            hidden = hidden + table[make_batch.on_device(torch.cat(list(positions)))]
         batch = make_batch([len(each) + (self.class_embedding is not None) for each in positions])
         if self.pre_layrnorm is not None:
             hidden = self.pre_layrnorm(hidden)
