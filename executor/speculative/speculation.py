@@ -245,6 +245,8 @@ class Speculation:
         is_current = states.epochs[slots] == epochs[firsts]
         if not is_current.all():
             slots = slots[is_current]
+            if not len(slots):
+                return None
         numbers = slots.tolist()
         self._lengths.learn(numbers, states)
         proposed = self._proposed(slots, states, guesses)
