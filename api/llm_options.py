@@ -90,6 +90,7 @@ class LLMOptions(TypedDict, total=False):
     max_num_seqs: int
     max_num_batched_tokens: int | str | None
     max_in_flight_steps: int
+    num_scheduler_steps: int | None
     scheduling_policy: Literal["fcfs", "priority"]
     enable_chunked_prefill: bool
     long_prefill_token_threshold: int | str
@@ -250,7 +251,6 @@ class LLMOptions(TypedDict, total=False):
     num_lookahead_slots: object
     max_num_partial_prefills: object
     max_long_partial_prefills: object
-    num_scheduler_steps: object
     multi_step_stream_outputs: object
     scheduler_delay_factor: object
     disable_async_output_proc: object

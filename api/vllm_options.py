@@ -145,7 +145,7 @@ TABLE = (
     (
         Verdict.NOTED,
         "the scheduler does not need this option",
-        "num_lookahead_slots=0 max_num_partial_prefills=1 max_long_partial_prefills=1 num_scheduler_steps=1 "
+        "num_lookahead_slots=0 max_num_partial_prefills=1 max_long_partial_prefills=1 "
         "multi_step_stream_outputs:bool scheduler_delay_factor=0 disable_async_output_proc:bool "
         "long_prefill_token_threshold_adaptive:bool scheduler_reserve_full_isl:bool watermark "
         "prefill_schedule_interval=1 prefix_caching_hash_algo prefix_match_unit "

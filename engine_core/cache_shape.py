@@ -69,6 +69,6 @@ def max_step_tokens(config: SchedulerConfig, max_draft_tokens: int, num_lookahea
     """Maximum tokens of a request beyond its confirmed ones that may have blocks.
 
     Prompt tokens are known, so they are confirmed when planned. Output tokens sampled by steps in flight are not, nor
-    are the drafts that these steps verify.
+    are the drafts that these steps verify. Plans of several steps take no more than that (``StepsPerPlan``).
     """
     return max(config.step_tokens, config.max_in_flight_steps * (1 + max_draft_tokens)) + num_lookahead_tokens

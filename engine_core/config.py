@@ -11,6 +11,7 @@ from executor.config import (
     DEFAULT_STEP_TOKENS,
     KV_CACHE_DTYPES,
     MAX_DRAFT_TOKENS,
+    MAX_STEPS_AHEAD,
     QUANTIZATIONS,
     Config,
     DeviceConfig,
@@ -31,6 +32,7 @@ from executor.config import (
 __all__ = [
     "KV_CACHE_DTYPES",
     "MAX_DRAFT_TOKENS",
+    "MAX_STEPS_AHEAD",
     "QUANTIZATIONS",
     "CacheConfig",
     "Config",
@@ -57,6 +59,10 @@ STAGE_STEP_TOKENS = DEFAULT_STEP_TOKENS // 2
 prompt comes, nor after the last one."""
 
 
+MAX_NUM_STEPS = 16
+"""Most steps of a plan."""
+
+
 class SchedulerConfig(Config, frozen=True):
     """Limits and policy of a step."""
 
@@ -81,6 +87,13 @@ class SchedulerConfig(Config, frozen=True):
             "planning does not overlap with compute.",
         ),
     ] = 2
+    num_scheduler_steps: Annotated[
+        Annotated[int, Meta(ge=1, le=MAX_NUM_STEPS)] | None,
+        Meta(
+            description="Most decode steps in a row between two messages to the workers. Their tokens reach clients "
+            "together. Default: on a CPU as many as fit into 16 ms, else 1."
+        ),
+    ] = None
     scheduling_policy: Annotated[
         Literal["fcfs", "priority"],
         Meta(

@@ -529,6 +529,7 @@ class EngineCore:
                 multimodal=self._ready[0].multimodal,
                 adapters=AdapterPool(self.config.executor.lora, self.executor.num_ranks),
                 num_stages=self.config.executor.parallel.pipeline_parallel_size,
+                has_late_results=any(worker.has_late_results for worker in ready),
             )
             self._scheduler.on_admit = None if self._record is None else self._record.adding
             self._grammars.set_vocab_size(min(worker.vocab_size for worker in ready))

@@ -1,4 +1,4 @@
-"""A step in flight: planned, without a result."""
+"""A plan in flight: a step, or several in a row, without a result."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ class InFlight:
     num_attended: int
     """Upper bound on the number of (token, attended token) pairs, and what takes as long: images to encode."""
     schedule_us: float
+    num_steps: int = 1
+    """Steps in a row; with more than one, ``counts`` are those of all of them."""
     forced_drafts: tuple[ForcedDrafts, ...] = ()
     """Drafts of constrained rows that take the place of the worker's own."""
     num_masks: list[int] = field(default_factory=list)

@@ -363,11 +363,13 @@ class SchedulerStats(Message, frozen=True):
     num_preemptions: int = 0
     """Preemptions for lack of blocks since the start."""
     num_scheduled_tokens: int = 0
-    """Tokens scheduled in this step."""
+    """Tokens scheduled in this plan, by all of its steps."""
     schedule_us: float = 0.0
-    """Microseconds that planning the step took."""
+    """Microseconds that planning took."""
     forward_ms: float = 0.0
-    """Milliseconds that the worker spent on the step."""
+    """Milliseconds that the worker spent on the plan."""
+    num_steps: int = 1
+    """Steps of the plan: forward passes, one after another."""
     num_drafts: int = 0
     """Rows with drafts since the start."""
     num_draft_tokens: int = 0

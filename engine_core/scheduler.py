@@ -48,6 +48,7 @@ from engine_core.step_outputs import (
     token_output,
 )
 from engine_core.step_tokens import StepTokens
+from engine_core.steps_per_plan import StepsPerPlan
 from engine_core.structured.request_grammar import Verdict
 from engine_core.suspects import allowed
 from executor.messages import ModelRunnerOutput, NewRequest, SchedulerOutput
@@ -81,6 +82,7 @@ class Scheduler:
         multimodal: MultiModalSupport | None = None,
         adapters: AdapterPool | None = None,
         num_stages: int = 1,
+        has_late_results: bool = True,
     ) -> None:
         self.config = config
         self.num_lookahead_tokens = num_lookahead_tokens
@@ -107,6 +109,7 @@ class Scheduler:
         self._num_barren = 0
         """Results in a row that came without drafts."""
         self.lanes = Lanes(num_stages, config.max_num_seqs)
+        self.steps_per_plan = StepsPerPlan(config, num_stages=num_stages, has_late_results=has_late_results)
         self._step_id = 0
 
     # -- requests come and go ------------------------------------------------------------------------------
@@ -153,36 +156,35 @@ class Scheduler:
     # -- planning ------------------------------------------------------------------------------------------
 
     def schedule(self) -> tuple[SchedulerOutput, InFlight] | None:
-        """Plans a step; None if no request can make progress."""
+        """Plans a step, or several in a row; None if no request can make progress."""
         begin = time.perf_counter()
         table = self.table
         if self.kv.has_windows:
             self._free_unseen()
         self.images.begin(self.num_running)
         slots, counts = self._wanted_by_running()
-        slots, counts, updates, preempted = self._give_blocks(slots, counts)
+        num_steps = self._choose_num_steps(slots)
+        slots, counts, updates, preempted = self._give_blocks(slots, counts * num_steps)
         self._advance(slots, counts)
         num_running = len(slots)
         new_reqs: list[NewRequest] = []
         if self.waiting and self.admits and not preempted:
             new_slots, new_counts = self._admit(self.config.step_tokens - int(counts.sum()), new_reqs)
-            if new_slots:
-                slots = np.concatenate((slots, np.array(new_slots, np.int32)))
-                counts = np.concatenate((counts, np.array(new_counts, np.int64)))
+            slots, counts = np.concatenate((slots, new_slots)), np.concatenate((counts, new_counts))
         if not len(slots):
             return None
         if new_reqs:
             self._num_barren = 0
         has_drafts = self._plan_drafts(slots, counts, 0 if preempted else num_running, updates)
         ends, open_drafts = table.num_scheduled[slots], table.num_open_drafts[slots]
-        sampled, allowances = table.note_samples(slots, has_drafts=has_drafts)
+        sampled, allowances = table.note_samples(slots, has_drafts=has_drafts, num_steps=num_steps)
         grammar_rows = (sampled & table.has_grammar[slots]).nonzero()[0]
         self._step_id += 1
         self.lanes.note(slots, sampled, self._step_id)
         plan = SchedulerOutput(
             step_id=self._step_id,
             slots=slots.tobytes(),
-            num_scheduled_tokens=counts.astype(np.int32).tobytes(),
+            num_scheduled_tokens=(counts // num_steps).astype(np.int32).tobytes(),
             num_sampled=sampled.tobytes(),
             num_draft_tokens=b"" if allowances is None else allowances.astype(np.uint8).tobytes(),
             finished_slots=np.array(table.finished_slots, np.int32).tobytes() if table.finished_slots else b"",
@@ -190,6 +192,7 @@ class Scheduler:
             block_updates=tuple(np.array(column, np.int32).tobytes() for column in updates) if any(updates) else (),
             grammar_slots=slots[grammar_rows].tobytes(),
             forced_drafts=forced_drafts(table, slots[grammar_rows]),
+            num_steps=num_steps,
             **self.images.take(slots, ends),
         )
         table.finished_slots.clear()
@@ -208,8 +211,31 @@ class Scheduler:
             num_tokens=int(counts.sum()),
             num_attended=int(counts @ ends) + self.images.num_pairs,
             schedule_us=(time.perf_counter() - begin) * 1e6,
+            num_steps=num_steps,
         )
         return plan, step
+
+    def _choose_num_steps(self, slots: I32) -> int:
+        """Steps in a row of a plan with these running rows: more than one if all decode and nothing else is to be done.
+
+        No row reaches its limit before the last step, and there are blocks for all tokens. Masks of grammars depend on
+        the step before, drafts need allowances, and a suspect is watched step by step.
+        """
+        table = self.table
+        most = self.steps_per_plan.choose(len(slots)) if len(slots) else 1
+        if most == 1 or self.waiting or self.suspects or not self.images.is_idle:
+            return 1
+        planned, scheduled = table.num_planned[slots], table.num_scheduled[slots]
+        decodes = (planned - scheduled == 1) & (planned > table.num_prompt[slots]) & ~table.has_grammar[slots]
+        if not decodes.all() or table.num_open_drafts[slots].any() or self._expects_drafts(slots):
+            return 1
+        num_steps = min(most, int((table.max_tokens[slots] - planned).min()))
+        ends = self._with_lookahead(slots, scheduled + num_steps)
+        rows = (ends > table.capacity[slots]).nonzero()[0]
+        growing = zip(slots[rows].tolist(), ends[rows].tolist(), strict=True)
+        if len(rows) and not self.kv.can_grow([(table.request(slot), end) for slot, end in growing]):
+            return 1
+        return num_steps
 
     def _wanted_by_running(self) -> tuple[I32, I64]:
         """Running slots with tokens to compute, and how many each, within the budget.
@@ -368,8 +394,8 @@ class Scheduler:
             return max(running, key=lambda request: request.priority)
         return running[-1]
 
-    def _admit(self, budget: int, new_reqs: list[NewRequest]) -> tuple[list[int], list[int]]:
-        """Starts waiting requests as long as token budget, slots and blocks allow."""
+    def _admit(self, budget: int, new_reqs: list[NewRequest]) -> tuple[I32, I64]:
+        """Starts waiting requests as long as token budget, slots and blocks allow: their slots and counts of tokens."""
         table, transfers = self.table, self.pool.transfers
         slots: list[int] = []
         counts: list[int] = []
@@ -425,7 +451,7 @@ class Scheduler:
             slots.append(slot)
             counts.append(count)
             budget -= count
-        return slots, counts
+        return np.array(slots, np.int32), np.array(counts, np.int64)
 
     def _fits(self, request: Request, hit: PrefixHit, num_tokens: int) -> bool:
         """Whether there is room for a waiting request. If nothing runs, others that wait give up what they keep."""
@@ -496,6 +522,7 @@ class Scheduler:
         """
         table = self.table
         current = table.epochs[step.slots] == step.epochs
+        self.steps_per_plan.note(step, result.forward_ms)
         new = StepTokens(step, result, current)
         ends = table.confirm(step, new.counts, current)
         if self.suspects:
@@ -647,6 +674,7 @@ class Scheduler:
             num_scheduled_tokens=step.num_computed(result) if step and result else 0,
             schedule_us=step.schedule_us if step else 0.0,
             forward_ms=result.forward_ms if result else 0.0,
+            num_steps=step.num_steps if step else 1,
             num_drafts=drafts.num_drafts,
             num_draft_tokens=drafts.num_draft_tokens,
             num_accepted_tokens=drafts.num_accepted_tokens,

@@ -144,14 +144,18 @@ class SlotTable:
 
     # -- steps -----------------------------------------------------------------------------------------------
 
-    def note_samples(self, slots: I32, *, has_drafts: bool) -> tuple[Bools, I64 | None]:
+    def note_samples(self, slots: I32, *, has_drafts: bool, num_steps: int = 1) -> tuple[Bools, I64 | None]:
         """Determines which rows of a plan sample and how many drafts each may verify; counts the resulting tokens as
         planned.
 
         Args:
             slots: int32 [rows].
             has_drafts: Whether any of them may verify drafts, or has plans in flight that may.
+            num_steps: Steps of the plan; with more than one, all rows sample in each, without drafts.
         """
+        if num_steps > 1:
+            self.num_planned[slots] += num_steps
+            return np.ones(len(slots), np.bool_), None
         scheduled, planned = self.num_scheduled[slots], self.num_planned[slots]
         if not has_drafts:
             sampled: Bools = (scheduled == planned) & ~self.is_pooling[slots]

@@ -1,4 +1,4 @@
-"""The tokens of a step as columns: one entry per token, row by row."""
+"""The tokens of a plan as columns: one entry per token, row by row."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from executor.messages import ModelRunnerOutput, row_offsets
 
 
 class StepTokens:
-    """Tokens of the rows that sample: each row's accepted drafts and one more.
+    """Tokens of the rows that sample: of each step, a row's accepted drafts and one more.
 
     Attributes:
         rows: int64 [samples]: the rows of the step.
         counts: int64 [samples]: tokens that the worker sampled for each row.
         kept: int64 [samples]: how many of these, from the first, belong to the output. 0 if the request has left its
             slot; later checks may lower others.
-        num_verified: uint8 [samples]: drafts that the step verified for each row; None: none.
+        num_verified: int64 [samples]: drafts that the steps verified for each row; None: none.
     """
 
     def __init__(self, step: InFlight, result: ModelRunnerOutput, current: Bools) -> None:
@@ -29,17 +29,19 @@ class StepTokens:
         """
         self._tokens = i32(result.sampled_token_ids)
         self.rows: I64 = step.sampled.nonzero()[0]
-        self.counts: I64 = np.ones(len(self.rows), np.int64)
+        self.counts: I64 = np.full(len(self.rows), step.num_steps)
         self._starts: I64 | None = None
         """Start of each row's tokens; None: one token per row."""
-        if result.num_accepted.strip(b"\0"):
-            self.counts += u8(result.num_accepted)
+        has_accepted = bool(result.num_accepted.strip(b"\0"))
+        if has_accepted:
+            self.counts += _of_rows(result.num_accepted, step)
+        if has_accepted or step.num_steps > 1:
             self._starts = np.cumsum(self.counts) - self.counts
-        self.num_verified = u8(result.num_verified) if result.num_verified else None
+        self.num_verified = _of_rows(result.num_verified, step) if result.num_verified else None
         self.kept: I64 = self.counts * current[self.rows]
         for error in result.row_errors:
             if step.sampled[error.row] and current[error.row]:
-                self.kept[self.sample(error.row)] -= 1
+                self.kept[self.sample(error.row)] = error.position
 
     def sample(self, row: int) -> int:
         """Index of a sampling row in the columns."""
@@ -55,7 +57,7 @@ class StepTokens:
         """Drafts that the step verified in each of these rows, which sample; None: none at all."""
         if self.num_verified is None:
             return None
-        counts: I64 = self.num_verified[np.searchsorted(self.rows, rows)].astype(np.int64)
+        counts: I64 = self.num_verified[np.searchsorted(self.rows, rows)]
         return counts
 
     def columns(self) -> tuple[I32, I64, I64 | None]:
@@ -73,3 +75,9 @@ class StepTokens:
         samples, offsets = row_offsets(self.counts)
         kept = offsets < self.kept[samples]
         return self._tokens[kept], self.rows[samples[kept]], offsets[kept]
+
+
+def _of_rows(counts: bytes, step: InFlight) -> I64:
+    """The sum over the steps of uint8 [steps, samples]: int64 [samples]."""
+    total: I64 = u8(counts).reshape(step.num_steps, -1).sum(axis=0, dtype=np.int64)
+    return total

@@ -53,6 +53,8 @@ KV_CACHE_DTYPES = ("auto", *KV_CODE_NAMES, "bfloat16", "float16", "half", "float
 
 MAX_DRAFT_TOKENS = 32
 """Maximum drafts of a request in one step."""
+MAX_STEPS_AHEAD = 32
+"""Most steps of a request in flight, in all plans together."""
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

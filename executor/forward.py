@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 import ops
 from executor.attention.base import AttentionGroup, HostRows
+from executor.decode_steps import DecodeSteps
 from executor.deferred import Array
-from executor.device.steps import StepChannel
+from executor.device.steps import ImmediateSteps, StepChannel
 from executor.graphs import Program
 from executor.input_batch import InputBatch, adapter_columns, adapter_rows
 from executor.messages import I32, I64, SchedulerOutput
@@ -40,13 +41,14 @@ class Forward(Protocol):
     def apply(self, plan: SchedulerOutput) -> None:
         """Takes over a plan's changes to the blocks of requests."""
 
-    def prepare(self, slots: I32, counts: I32, num_sampled: U8) -> InputBatch:
+    def prepare(self, slots: I32, counts: I32, num_sampled: U8, *, follows: bool = False) -> InputBatch:
         """Uploads the inputs of a plan's rows.
 
         Args:
             slots: int32 [rows].
             counts: int32 [rows]: tokens to compute.
             num_sampled: uint8 [rows]: tokens to sample, the last ones of the row.
+            follows: The rows are those of the last step, and each computes the token that it got.
         """
 
     def run(self, batch: InputBatch) -> Sequence[Tensor]:
@@ -119,6 +121,9 @@ class UploadedForward:
         self._states = states
         self._recent = setup.channel.recent_tokens(len(states.num_tokens))
         self._has_drafts_of_states = any(group.shape.max_drafts for group in setup.groups)
+        self._shares_memory = isinstance(setup.channel, ImmediateSteps)
+        self._decode: DecodeSteps | None = None
+        """Inputs of the last step, if the next one may go on from them."""
 
     @classmethod
     def memory(cls, setup: ForwardSetup) -> tuple[int, int]:
@@ -130,9 +135,13 @@ class UploadedForward:
         return 0
 
     def apply(self, plan: SchedulerOutput) -> None:
-        pass  # the host's tables have them
+        if plan.block_updates or plan.new_reqs:  # the host's tables have them
+            self._decode = None
 
-    def prepare(self, slots: I32, counts: I32, num_sampled: U8) -> InputBatch:
+    def prepare(self, slots: I32, counts: I32, num_sampled: U8, *, follows: bool = False) -> InputBatch:
+        if follows and self._decode is not None:
+            self._decode.advance()
+            return self._decode.batch
         states = self._states
         ends = counts.cumsum(dtype=np.int64)
         query_start_loc = np.zeros(len(slots) + 1, np.int32)
@@ -168,7 +177,23 @@ class UploadedForward:
             tables.append(block_table)
             columns[f"slot_mapping.{index}"] = blocks * group.block_size + positions % group.block_size
         views = self._channel.upload(columns)
-        attention = [
+        batch = InputBatch(
+            input_ids=self._recent.input_ids(views),
+            positions=views["positions"],
+            attention=self._planned(views, [HostRows(counts, columns["seq_lens"], table) for table in tables]),
+            logits_rows=views["logits_rows"],
+            row_adapters=adapter_rows("row_adapters", views),
+            sample_adapters=adapter_rows("sample_adapters", views),
+            token_types=views.get("token_types"),
+        )
+        self._decode = None
+        if self._may_go_on(batch, counts, num_sampled):
+            self._decode = DecodeSteps(batch, columns, slots, positions, states, self._groups)
+        return batch
+
+    def _planned(self, views: Mapping[str, Tensor], rows: Sequence[HostRows]) -> list[AttentionMetadata]:
+        """The metadata of each group, from what was uploaded and what the host knows."""
+        return [
             group.plan(
                 AttentionMetadata(
                     views["query_start_loc"],
@@ -179,22 +204,26 @@ class UploadedForward:
                     num_replayed=views.get("num_replayed"),
                     num_drafts=views.get("num_drafts"),
                 ),
-                HostRows(counts, columns["seq_lens"], tables[index]) if group.backend.needs_rows else None,
+                rows[index] if group.backend.needs_rows else None,
             )
             for index, group in enumerate(self._groups)
         ]
-        return InputBatch(
-            input_ids=self._recent.input_ids(views),
-            positions=views["positions"],
-            attention=attention,
-            logits_rows=views["logits_rows"],
-            row_adapters=adapter_rows("row_adapters", views),
-            sample_adapters=adapter_rows("sample_adapters", views),
-            token_types=views.get("token_types"),
-        )
+
+    def _may_go_on(self, batch: InputBatch, counts: I32, num_sampled: U8) -> bool:
+        """Whether the inputs of a next step with the same rows follow from those of this one, see ``DecodeSteps``."""
+        if not self._shares_memory or self._model.num_token_types or self._states.axes or self._has_drafts_of_states:
+            return False
+        if not all(group.is_cached for group in self._groups):
+            return False
+        if not all(type(each) is AttentionMetadata for each in batch.attention):  # made for this step alone
+            return False
+        return len(counts) > 0 and int(counts.max()) == 1 and int(num_sampled.min()) == 1
 
     def run(self, batch: InputBatch) -> Sequence[Tensor]:
-        return self._program.replay(batch.step_inputs()) if self._program else run_model(self._model, batch)
+        if self._program is None:
+            return run_model(self._model, batch)
+        decode = self._decode
+        return self._program.replay(batch.step_inputs() if decode is None else decode.inputs)
 
     def run_eagerly(self, batch: InputBatch, change: Change, embed: Callable[[InputBatch], Tensor]) -> Sequence[Tensor]:
         batch = change(batch)

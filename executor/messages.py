@@ -244,10 +244,11 @@ class ForcedDrafts(Message, frozen=True):
 
 
 class SchedulerOutput(Message, frozen=True):
-    """The plan of one step. Workers execute plans strictly in ``step_id`` order."""
+    """The plan of one step, or of several in a row (``num_steps``). Workers execute plans strictly in ``step_id``
+    order."""
 
     step_id: int
-    """Number of the step; consecutive."""
+    """Number of the plan; consecutive."""
     slots: bytes
     """int32 [num_rows]: slot of each row."""
     num_scheduled_tokens: bytes
@@ -270,6 +271,9 @@ class SchedulerOutput(Message, frozen=True):
     """Identifiers of encoder outputs to drop, before any is computed."""
     encoder_inputs: tuple[tuple[int, int], ...] = ()
     """(slot, index in its ``mm_features``) of images to encode in this step, before the model runs."""
+    num_steps: int = 1
+    """Steps in a row, answered together. With more than one, all rows decode: each step computes a row's latest token
+    and samples the next one. What changes about requests and blocks is applied once, before the first step."""
 
 
 class GrammarMask(Message, frozen=True):
@@ -461,6 +465,8 @@ class WorkerReady(Message, frozen=True):
     """The most tokens of a step, as configured or by the device's default; 0: as configured."""
     shares_memory: bool = False
     """Whether the memory is that of all ranks together."""
+    has_late_results: bool = False
+    """Whether the results of a step arrive after it was launched, so that nothing waits between two steps."""
     pooling: PoolingSupport = PoolingSupport()
     """What the model does with pooled hidden states."""
     multimodal: MultiModalSupport | None = None
@@ -548,7 +554,7 @@ class TokenLogprobs(Message, frozen=True):
     row: int
     """Row of the step."""
     position: int
-    """For prompt logprobs the token's index in the prompt, else its index among the row's tokens of this step."""
+    """For prompt logprobs the token's index in the prompt, else its index among the row's tokens of this plan."""
     token_ids: bytes
     """int32 [1 + k]: the token itself, then the k most likely ones."""
     logprobs: bytes
@@ -567,23 +573,23 @@ class RowError(Message, frozen=True):
     is_request_fault: bool = False
     """The request's parameters are at fault, not the model."""
     position: int = 0
-    """Index of the failed token among the row's tokens of this step."""
+    """Index of the failed token among the row's tokens of this plan."""
 
 
 class ModelRunnerOutput(Message, frozen=True):
-    """The result of one step."""
+    """The result of a plan."""
 
     step_id: int
     """The plan's ``step_id``."""
     rank: int = 0
     """Rank of the worker that answers."""
     sampled_token_ids: bytes = b""
-    """int32: the tokens of the rows that sample, concatenated row by row: the accepted drafts and one more. A row with
-    an error ends with 0 in place of that token."""
+    """int32: the tokens of the rows that sample, concatenated row by row: of each step the accepted drafts and one
+    more. A row with an error has 0 in place of that token; what follows is meaningless."""
     num_accepted: bytes = b""
-    """uint8 [rows that sample]: accepted drafts. Empty: none in any row."""
+    """uint8 [steps, rows that sample]: accepted drafts. Empty: none in any row."""
     num_verified: bytes = b""
-    """uint8 [rows that sample]: drafts that the step verified. Empty: none in any row."""
+    """uint8 [steps, rows that sample]: drafts that each step verified. Empty: none in any row."""
     num_draft_tokens: bytes = b""
     """uint8 [rows that sample]: drafts that the worker proposes for each row's next step. Empty: none."""
     draft_token_ids: bytes = b""
@@ -597,7 +603,7 @@ class ModelRunnerOutput(Message, frozen=True):
     pooler_output: tuple[tuple[int, Tensor], ...] = ()
     """For rows whose prompt is complete: row of the step, and float32 [size], or [num_prompt_tokens, size] for ALL."""
     forward_ms: float = 0.0
-    """Milliseconds that the worker spent on the step."""
+    """Milliseconds that the worker spent on the plan."""
 
 
 class Heartbeat(Message, frozen=True):

@@ -102,6 +102,11 @@ class PendingOutput:
         """Whether ``collect`` returns at once."""
         return self._pending.is_ready()
 
+    @property
+    def num_left(self) -> int:
+        """Steps of the plan that are left, this one included; see ``steps_of``."""
+        return self._step.plan.num_steps
+
     def collect(self) -> ModelRunnerOutput:
         """Waits for the results and fills in the tokens."""
         begin = time.perf_counter()
@@ -345,7 +350,7 @@ class ModelRunner:
         slots, counts = rows.slots, rows.counts
         sampled = rows.samples()
         drafts = drafts_of(sampled, states) if rows.has_drafts else None
-        batch = self.forward.prepare(slots, counts, rows.num_sampled)
+        batch = self.forward.prepare(slots, counts, rows.num_sampled, follows=rows.follows)
         batch.hidden = self.stage.begin(plan.step_id, rows.num_tokens)
         hidden, logits, *aux = self._run(batch, slots, counts)
         self.stage.pass_on(hidden)

@@ -48,6 +48,7 @@ def worker_ready(
         position_bytes=step_memory[1],
         memory_utilization=device.memory_utilization or 0.0,
         shares_memory=shares_memory,
+        has_late_results=runner.channel.fileno() is not None,
         max_num_batched_tokens=runner.max_tokens,
         pooling=loaded.pooling,
         multimodal=None if runner.images is None else runner.images.support,

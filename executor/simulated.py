@@ -67,7 +67,7 @@ class DeviceModel:
         """Applies a plan.
 
         Returns:
-            The sampled tokens, before any mask, and the seconds that the step takes.
+            The sampled tokens, before any mask, and the seconds that its steps take.
         """
         for slot in i32(plan.finished_slots).tolist() if self._pooled else ():
             self._pooled.pop(slot, None)
@@ -82,13 +82,13 @@ class DeviceModel:
         counts = i32(plan.num_scheduled_tokens)
         if plan.num_draft_tokens:
             counts = counts - u8(plan.num_draft_tokens)  # this device has no drafts
-        self._num_computed[slots] += counts
-        lengths = self._num_computed[slots]
+        lengths = self._num_computed[slots][:, None] + counts[:, None] * np.arange(1, plan.num_steps + 1)
+        self._num_computed[slots] = lengths[:, -1]
         sampled = u8(plan.num_sampled).astype(bool)
-        tokens = self.tokens(slots[sampled], lengths[sampled])
+        tokens = self.tokens(slots[sampled].repeat(plan.num_steps), lengths[sampled].ravel())
         device = self.device
-        micros = device.step_us + device.token_us * int(counts.sum()) + device.context_us * int(lengths.sum())
-        return tokens, micros * 1e-6
+        micros = device.step_us + device.token_us * int(counts.sum())
+        return tokens, (micros * plan.num_steps + device.context_us * int(lengths.sum())) * 1e-6
 
     def tokens(self, slots: I32, lengths: npt.NDArray[np.int64]) -> I32:
         """The tokens sampled, before any mask, when this many tokens of each slot are computed: int32 [slots]."""
@@ -157,6 +157,7 @@ class DeviceModel:
             vocab_size=device.vocab_size,
             device="simulated",
             hidden_size=device.hidden_size,
+            has_late_results=True,
         )
 
 

@@ -44,6 +44,8 @@ class StepRows:
     """int64 [rows]: tokens that the requests had before the step."""
     epochs: I64
     """int64 [samples]: of their slots."""
+    follows: bool = False
+    """Whether the step before had the same rows."""
     _after: tuple[I64, I64] = field(init=False)
     """``computed`` and ``num_tokens_before`` of the next step."""
 
@@ -54,6 +56,7 @@ class StepRows:
 
     def follow(self) -> None:
         """Becomes those of the next step, once this one has begun."""
+        self.follows = True
         self.computed, self.num_tokens_before = self._after
 
     def advance(self, states: RequestStates) -> None:

@@ -63,6 +63,7 @@ from executor.parallel import RANKS, STAGES, ParallelState, num_sharers, places
 from executor.process import read_descriptors, read_payload
 from executor.readiness import worker_ready
 from executor.stages import Stage, StageRoom, connect
+from executor.step_sequence import Answers, steps_of
 from ops import Communicator
 from ops.dispatch import Spec, UnsupportedOpError
 
@@ -117,6 +118,7 @@ class Worker:
         """The step that is launched but cannot be sampled yet."""
         self._outputs: deque[PendingOutput] = deque()
         """Outputs of launched steps, in transit from the device."""
+        self._answers = Answers()
         self._stage_fds: list[int] = []
 
     def start(self) -> None:
@@ -254,7 +256,10 @@ class Worker:
 
     def handle(self, message: ToWorker) -> bool:
         """Handles a message. Returns False if it asks the worker to exit."""
-        if isinstance(message, SchedulerOutput | LoadAdapter | UnloadAdapter):
+        if isinstance(message, SchedulerOutput):
+            self._plans += steps_of(message)
+            self._work()
+        elif isinstance(message, LoadAdapter | UnloadAdapter):
             self._plans.append(message)
             self._work()
         elif isinstance(message, GrammarMask):
@@ -366,7 +371,10 @@ class Worker:
 
     def _send_results(self) -> None:
         while self._outputs and self._outputs[0].is_ready():
-            output = self._outputs.popleft().collect()
+            pending = self._outputs.popleft()
+            output = self._answers.add(pending.collect(), pending.num_left)
+            if output is None:
+                continue
             if self.parallel.is_output_rank:
                 self._send(output)
             elif self.runner.stage.is_last:

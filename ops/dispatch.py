@@ -147,6 +147,10 @@ class Node:
         return zip((ref.index for ref in self.outs), returned, strict=True)
 
 
+class KeptInputs(dict[str, Any]):
+    """Inputs of a program that are the same tensors in each of its replays, though their numbers may change."""
+
+
 class ProgramRunner(Protocol):
     """A captured program, compiled for an op set."""
 

@@ -59,20 +59,25 @@ class FakeDevice:
             for row, (slot, count, _, _) in enumerate(rows)
             for position in self.slots[slot].told_positions(count)
         ]
-        for slot, count, _, allowance in rows:  # all K and V of a step are written before any is read
-            del self.slots[slot].drafts[allowance:]
-            self._write(self.slots[slot], count - allowance)
-        for slot, count, _, allowance in rows:
-            self._read(self.slots[slot], count - allowance)
-        sampled = [self._sample(self.slots[slot]) for slot, _, wanted, _ in rows if wanted]
-        drafts = [self._propose(self.slots[slot]) for slot, _, wanted, _ in rows if wanted]
+        assert plan.num_steps == 1 or all(wanted and count == 1 + allowance for _, count, wanted, allowance in rows)
+        steps: list[list[list[int]]] = []
+        for _ in range(plan.num_steps):
+            for slot, count, _, allowance in rows:  # all K and V of a step are written before any is read
+                del self.slots[slot].drafts[allowance:]
+                self._write(self.slots[slot], count - allowance)
+            for slot, count, _, allowance in rows:
+                self._read(self.slots[slot], count - allowance)
+            steps.append([self._sample(self.slots[slot]) for slot, _, wanted, _ in rows if wanted])
+            drafts = [self._propose(self.slots[slot]) for slot, _, wanted, _ in rows if wanted]
         pooled = [
             (row, self._pool(self.slots[slot])) for row, (slot, *_) in enumerate(rows) if self.slots[slot].is_pooled
         ]
         return ModelRunnerOutput(
             step_id=plan.step_id,
-            sampled_token_ids=np.array(sum(sampled, []), np.int32).tobytes(),
-            num_accepted=bytes(len(tokens) - 1 for tokens in sampled),
+            sampled_token_ids=np.array(
+                [token for row in zip(*steps, strict=True) for token in sum(row, [])], np.int32
+            ).tobytes(),
+            num_accepted=bytes(len(tokens) - 1 for step in steps for tokens in step),
             num_draft_tokens=bytes(len(tokens) for tokens in drafts),
             draft_token_ids=np.array(sum(drafts, []), np.int32).tobytes(),
             prompt_logprobs=tuple(prompt_logprobs),
@@ -87,7 +92,7 @@ class FakeDevice:
             self.slots[request.slot] = _Slot(request, len(self.groups))
         self._update_blocks(plan.block_updates)
         for slot, count in zip(i32(plan.slots).tolist(), i32(plan.num_scheduled_tokens).tolist(), strict=True):
-            row = self.slots[slot]
+            row, count = self.slots[slot], count * plan.num_steps
             for group, blocks in zip(self.groups, row.blocks, strict=True):
                 for position in range(row.num_computed, row.num_computed + count):
                     group.write(blocks[position // group.block_size], position, -7)

@@ -417,8 +417,8 @@ class EngineMetrics:
             if stats.num_scheduled_tokens:
                 # A step that completes a prompt computes it and generates a token as well.
                 count = stats.num_scheduled_tokens + steps.num_started
-                power = min((count - 1).bit_length(), len(ITERATION_BUCKETS))
-                steps.iteration_counts[power] += 1
+                power = min((-(-count // stats.num_steps) - 1).bit_length(), len(ITERATION_BUCKETS))
+                steps.iteration_counts[power] += stats.num_steps
                 steps.iteration_sum += count
                 steps.num_started = 0
         if latencies:

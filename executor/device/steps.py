@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from executor.config import MAX_STEPS_AHEAD
 from executor.deferred import Array, Deferred
 from executor.messages import I32, I64
 
@@ -183,8 +184,8 @@ class _HostTokens:
 # ---------------------------------------------------------------------------------------------------------
 # host and device are separate
 
-RECENT_TOKENS = 32
-"""Tokens that the device keeps per request: more than a request has in flight."""
+RECENT_TOKENS = MAX_STEPS_AHEAD
+"""Tokens that the device keeps per request: as many as it has in flight at most."""
 
 
 class DeviceTokens:

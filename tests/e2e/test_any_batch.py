@@ -16,7 +16,12 @@ BATCHES = 40
 SETUPS: dict[str, dict[str, Any]] = {
     "as it comes": {},
     "depth 1, short chunks": {"max_in_flight_steps": 1, "max_num_batched_tokens": 24, "max_num_seqs": 24},
-    "few blocks": {"num_gpu_blocks_override": 24, "max_model_len": 256, "max_num_batched_tokens": 100},
+    "few blocks, several steps at a time": {
+        "num_gpu_blocks_override": 24,
+        "max_model_len": 256,
+        "max_num_batched_tokens": 100,
+        "num_scheduler_steps": 3,
+    },
     "eager, without prefix cache": {"enforce_eager": True, "enable_prefix_caching": False},
 }
 
@@ -63,7 +68,8 @@ def test_hundreds_of_random_batches(dtype: str) -> None:
     model = tiny.checkpoint("qwen3", tied=True)
     requests = random_requests(random.Random(dtype), 48)
     common: dict[str, Any] = {"dtype": dtype, "kv_cache_memory": "64MiB"}
-    with LLM(str(model), max_num_seqs=1, max_in_flight_steps=1, enable_prefix_caching=False, **common) as llm:
+    one_at_a_time: dict[str, Any] = {"max_num_seqs": 1, "max_in_flight_steps": 1, "num_scheduler_steps": 1}
+    with LLM(str(model), enable_prefix_caching=False, **common, **one_at_a_time) as llm:
         alone = run(llm, requests)
     assert len({tuple(tokens) for tokens, _, _ in alone}) > 30, "outputs that are all alike prove nothing"
     for name, setup in SETUPS.items():

@@ -83,12 +83,12 @@ def test_the_demo_model_alone_in_a_batch_and_preempted(
 
 
 SETUPS: dict[str, dict[str, Any]] = {
-    "depth 1, eager": {"max_in_flight_steps": 1, "enforce_eager": True},
+    "depth 1, eager": {"max_in_flight_steps": 1, "enforce_eager": True, "num_scheduler_steps": 1},
     "depth 2, chunks of 16": {"max_in_flight_steps": 2, "max_num_batched_tokens": 16, "max_num_seqs": 16},
     "no prefix cache, one at a time": {"enable_prefix_caching": False, "max_num_seqs": 1},
     "few blocks, checked": {"num_gpu_blocks_override": 40, "max_model_len": 512, "check_every_step": True},
     "two engines": {"data_parallel_size": 2},
-    "two workers": {"tensor_parallel_size": 2, "num_threads": 1},
+    "two workers": {"tensor_parallel_size": 2, "num_threads": 1, "num_scheduler_steps": 4},
 }
 
 

@@ -60,7 +60,7 @@ class ReferenceCpu(CpuDevice):
 
 def new_scheduler(
     num_blocks: int = 48,
-    windows: Sequence[int | None] = (None,),
+    groups: Sequence[tuple[int, int | None]] = ((BLOCK_SIZE, None),),
     max_draft_tokens: int = 0,
     num_lookahead_tokens: int = 0,
     **config: Any,
@@ -68,7 +68,7 @@ def new_scheduler(
     return Scheduler(
         SchedulerConfig(**{"max_num_seqs": MAX_SEQS, "max_num_batched_tokens": 64, **config}),
         CacheConfig(),
-        CacheShape(tuple(GroupShape(num_blocks, BLOCK_SIZE, window) for window in windows)),
+        CacheShape(tuple(GroupShape(num_blocks, *group) for group in groups)),
         MAX_LEN,
         max_draft_tokens=max_draft_tokens,
         num_lookahead_tokens=num_lookahead_tokens,
@@ -109,12 +109,13 @@ class Engine:
         self.worker = Worker(ParallelState(), executor, self.answers.append)
         self.worker.start()
         (ready,) = (answer for answer in self.answers if isinstance(answer, WorkerReady))
-        groups = [group.sliding_window for group in ready.kv_cache_groups]
+        groups = [(group.block_size, group.sliding_window) for group in ready.kv_cache_groups]
         self.worker.handle(InitKVCache((num_blocks,) * len(groups), MAX_LEN))
         self.scheduler = new_scheduler(
             num_blocks, groups, executor.max_draft_tokens, executor.num_lookahead_tokens, **config
         )
         self.num_accepted = 0
+        self.num_plans = 0
         self.in_flight: deque[Any] = deque()
         self.outputs: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[tuple[int, bytes, bytes, int]]] = {}
@@ -148,6 +149,7 @@ class Engine:
             return False
         plan, step = planned
         self.in_flight.append(step)
+        self.num_plans += 1
         self.worker.handle(plan)
         return True
 
@@ -158,11 +160,11 @@ class Engine:
 
     def retire(self) -> None:
         """Waits for the results of the oldest step, and takes them."""
-        if isinstance(self.device, LateDevice):
-            assert self.device.channel is not None
-            self.device.channel.let_come()
         if self.worker.results_fd is not None:
             while not self.results:
+                if isinstance(self.device, LateDevice):
+                    assert self.device.channel is not None
+                    self.device.channel.let_come()
                 assert select.select([self.worker.results_fd], [], [], 60)[0], "no results"
                 self.worker.take_results()
         result = self.results[0]

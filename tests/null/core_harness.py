@@ -275,6 +275,7 @@ class Harness:
                 max_num_seqs=options.pop("max_num_seqs", 4),
                 max_num_batched_tokens=16,
                 max_in_flight_steps=options.pop("depth", 2),
+                num_scheduler_steps=options.pop("num_scheduler_steps", 1),
                 scheduling_policy=options.pop("policy", "fcfs"),
             ),
             cache=CacheConfig(num_gpu_blocks_override=options.pop("num_blocks", None)),

@@ -278,7 +278,7 @@ def test_a_row_that_fails_keeps_the_tokens_before() -> None:
     engine.plan()
     engine.retire()
     engine.plan()
-    engine.retire((RowError(0, "broken"),))
+    engine.retire((RowError(0, "broken", position=4),))
     assert engine.outputs[0] == expected_output(prompt, 5), "one token, and four of five"
     assert engine.reasons[0] == FinishReason.ERROR
     engine.run()

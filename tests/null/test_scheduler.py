@@ -163,7 +163,7 @@ class Engine:
         if planned is None:
             return False
         plan, step = planned
-        assert step.num_tokens <= self.scheduler.config.step_tokens
+        assert step.num_tokens <= self.scheduler.config.step_tokens * step.num_steps
         self.max_scheduled = max(self.max_scheduled, step.num_tokens)
         self.in_flight.append((plan, step))
         return True
@@ -524,6 +524,7 @@ def test_random_arrivals_aborts_and_stops_leak_nothing(data: st.DataObject) -> N
         max_num_batched_tokens=draw(st.integers(1, 40)),
         scheduling_policy=draw(st.sampled_from(["fcfs", "priority"])),
         long_prefill_token_threshold=draw(st.sampled_from([0, 0, 3])),
+        num_scheduler_steps=draw(st.sampled_from([1, 2, 5])),
     )
     shared = prompts(1, 20, seed=3)[0]
     sent: dict[int, tuple[list[int], int, int]] = {}
