@@ -41,14 +41,15 @@ class Forward(Protocol):
     def apply(self, plan: SchedulerOutput) -> None:
         """Takes over a plan's changes to the blocks of requests."""
 
-    def prepare(self, slots: I32, counts: I32, num_sampled: U8, *, follows: bool = False) -> InputBatch:
+    def prepare(self, slots: I32, counts: I32, num_sampled: U8, *, follows: bool | None = None) -> InputBatch:
         """Uploads the inputs of a plan's rows.
 
         Args:
             slots: int32 [rows].
             counts: int32 [rows]: tokens to compute.
             num_sampled: uint8 [rows]: tokens to sample, the last ones of the row.
-            follows: The rows are those of the last step, and each computes the token that it got.
+            follows: Whether the rows are those of the last step, and each computes the token that it got. None: of no
+                step, nor will it be.
         """
 
     def run(self, batch: InputBatch) -> Sequence[Tensor]:
@@ -138,7 +139,7 @@ class UploadedForward:
         if plan.block_updates or plan.new_reqs:  # the host's tables have them
             self._decode = None
 
-    def prepare(self, slots: I32, counts: I32, num_sampled: U8, *, follows: bool = False) -> InputBatch:
+    def prepare(self, slots: I32, counts: I32, num_sampled: U8, *, follows: bool | None = None) -> InputBatch:
         if follows and self._decode is not None:
             self._decode.advance()
             return self._decode.batch
@@ -187,7 +188,7 @@ class UploadedForward:
             token_types=views.get("token_types"),
         )
         self._decode = None
-        if self._may_go_on(batch, counts, num_sampled):
+        if follows is not None and self._may_go_on(batch, counts, num_sampled):
             self._decode = DecodeSteps(batch, columns, slots, positions, states, self._groups)
         return batch
 
@@ -223,7 +224,8 @@ class UploadedForward:
         if self._program is None:
             return run_model(self._model, batch)
         decode = self._decode
-        return self._program.replay(batch.step_inputs() if decode is None else decode.inputs)
+        keeps = decode is not None and batch.hidden is None  # hidden states come anew with each step
+        return self._program.replay(decode.inputs if decode is not None and keeps else batch.step_inputs())
 
     def run_eagerly(self, batch: InputBatch, change: Change, embed: Callable[[InputBatch], Tensor]) -> Sequence[Tensor]:
         batch = change(batch)

@@ -267,7 +267,7 @@ class StaticForward:
                 column = i32(plan.block_updates[index]).reshape(-1, 3)
                 updates.add(column[:, 0].astype(np.int64) * width + column[:, 1], column[:, 2])
 
-    def prepare(self, slots: I32, counts: I32, num_sampled: U8, *, follows: bool = False) -> InputBatch:
+    def prepare(self, slots: I32, counts: I32, num_sampled: U8, *, follows: bool | None = None) -> InputBatch:
         states = self._states
         given, last = (slots, counts, num_sampled), self._rows_of_last
         if last is not None and all(map(operator.is_, given, last)):
