@@ -13,13 +13,22 @@ from msgspec.structs import replace
 
 from api.flags import ConfigError, build, options
 from api.lora_modules import lora_modules
-from api.machines import LAUNCHERS, PLACE, PROCESSES, WILDCARDS, check_machines, with_rays_machines
+from api.machines import LAUNCHERS, PLACE, PROCESSES, check_machines, with_rays_machines
 from api.otlp import check_packages
 from api.parsers.detect import AUTO
 from api.parsers.registry import REASONING_PARSERS, TOOL_PARSERS
+from api.replica_options import check_replicas
 from api.speculation import speculative_config
 from api.vllm_options import take_foreign
-from engine_core.config import KV_CACHE_DTYPES, QUANTIZATIONS, Config, EngineConfig, ExecutorConfig, Positive
+from engine_core.config import (
+    KV_CACHE_DTYPES,
+    QUANTIZATIONS,
+    VECTOR_POOLINGS,
+    Config,
+    EngineConfig,
+    ExecutorConfig,
+    Positive,
+)
 
 
 class Variable(NamedTuple):
@@ -95,9 +104,9 @@ DEMO_GENERATION: dict[str, object] = {"temperature": 0.2, "top_p": 0.9}
 class PoolerConfig(Config, frozen=True):
     """Default pooling of prompts into vectors. None: from the model's files, or else the defaults below."""
 
-    pooling_type: Literal["LAST", "MEAN", "CLS", "STEP"] | None = None
-    """Pool the last position, the mean of all positions, or the first. Default: LAST. STEP: a result for each token
-    ``step_tag_id``, as process reward models have it."""
+    pooling_type: str | None = None
+    """A name of ``VECTOR_POOLINGS``, or several, joined by a +: vectors behind each other. Default: LAST. STEP: a
+    result for each token ``step_tag_id``, as process reward models have it."""
     use_activation: bool | None = None
     """Scale vectors to length 1. Default: yes."""
     step_tag_id: Annotated[int, Meta(ge=0)] | None = None
@@ -325,10 +334,10 @@ class ServerConfig(Config, frozen=True):
     pooler_config: Annotated[
         PoolerConfig,
         Meta(
-            description='JSON object: pooling of prompts into vectors. "pooling_type": LAST, MEAN or CLS; '
-            '"use_activation": false skips normalisation; STEP with "step_tag_id" and "returned_token_ids" is for '
-            "process reward models. Default: from the model's modules.json, or else LAST with "
-            "normalisation.",
+            description='JSON object: pooling of prompts into vectors. "pooling_type": LAST, MEAN, CLS, MAX, '
+            'MEAN_SQRT_LEN, WEIGHTED_MEAN, or several as in CLS+MEAN; "use_activation": false skips normalisation; '
+            'STEP with "step_tag_id" and "returned_token_ids" is for process reward models. Default: from the model\'s '
+            "modules.json, or else LAST with normalisation.",
             extra={"group": "Model"},
         ),
     ] = PoolerConfig()
@@ -467,7 +476,8 @@ class ServerConfig(Config, frozen=True):
         Annotated[int, Meta(ge=0)] | None,
         Meta(
             description="How many of them are on this machine; the others run on machines that join with --headless. "
-            "Default: all; with --data-parallel-rank, one; with --headless, those from --data-parallel-start-rank on.",
+            "Default: all; with --data-parallel-rank or --data-parallel-backend ray, one; with --headless, those from "
+            "--data-parallel-start-rank on.",
             extra={"group": "Engine"},
         ),
     ] = None
@@ -484,13 +494,32 @@ class ServerConfig(Config, frozen=True):
     ] = 29550
     data_parallel_start_rank: Annotated[
         Annotated[int, Meta(ge=0)] | None,
-        Meta(description="With --headless: number of the first engine on this machine.", extra={"group": "Machines"}),
+        Meta(
+            description="With --headless or --data-parallel-hybrid-lb: number of the first engine on this machine.",
+            extra={"group": "Machines"},
+        ),
     ] = None
     headless: Annotated[
         bool,
         Meta(
             description="Serve no API: run engines of the server at --data-parallel-address, as it says.",
             extra={"group": "Machines"},
+        ),
+    ] = False
+    data_parallel_backend: Annotated[
+        Literal["mp", "ray"],
+        Meta(
+            description="Where engines come from that are not on this machine. mp: machines that join with --headless. "
+            "ray: machines that a Ray cluster provides, with --data-parallel-size-local engines each.",
+            extra={"group": "Machines"},
+        ),
+    ] = "mp"
+    data_parallel_hybrid_lb: Annotated[
+        bool,
+        Meta(
+            description="Serve the --data-parallel-size-local engines of this machine, from --data-parallel-start-rank "
+            "on, behind a load balancer of your own that has a server on each machine.",
+            extra={"group": "Engine"},
         ),
     ] = False
     data_parallel_rank: Annotated[
@@ -523,9 +552,17 @@ class ServerConfig(Config, frozen=True):
         """Engines on this machine, in this server or in others."""
         if self.data_parallel_rank is not None:
             return self.data_parallel_size_local or 1
+        if self.data_parallel_backend == "ray" and self.data_parallel_size_local is None:
+            return 1
         if self.data_parallel_size_local is not None:
             return self.data_parallel_size_local
         return self.data_parallel_size - (self.data_parallel_start_rank or 0 if self.headless else 0)
+
+    @property
+    def first_replica(self) -> int:
+        """Number of the first engine of this server."""
+        first = self.data_parallel_start_rank if self.data_parallel_hybrid_lb else self.data_parallel_rank
+        return first or 0
 
     @property
     def replica_engine(self) -> EngineConfig:
@@ -587,7 +624,8 @@ def make_config(values: Mapping[str, Any]) -> tuple[ServerConfig, list[str]]:
     config: ServerConfig = build(ServerConfig, rest)
     config = replace(config, engine=with_rays_machines(config.engine))
     check_config(config)
-    is_alone = config.data_parallel_rank is None and config.num_local_replicas == config.data_parallel_size
+    is_alone = config.num_local_replicas == config.data_parallel_size or config.data_parallel_hybrid_lb
+    is_alone = is_alone and config.data_parallel_rank is None
     if config.data_parallel_address and is_alone and not config.headless:
         notes.append(
             f"--data-parallel-address {config.data_parallel_address} (all engines are on this machine, unless "
@@ -630,7 +668,7 @@ def check_config(config: ServerConfig) -> None:
     if config.offers_adapter_changes and not config.admin_api_key:
         raise ConfigError("--allowed-lora-path needs --admin-api-key, which requests to load an adapter must send")
     _check_ranks(engine.executor)
-    check_machines(engine, config.data_parallel_size)
+    check_machines(engine, config.data_parallel_size, config.data_parallel_backend)
     method = engine.executor.model.quantization
     if method is not None and method not in QUANTIZATIONS:
         raise ConfigError(
@@ -638,7 +676,8 @@ def check_config(config: ServerConfig) -> None:
             "AWQ, FP8, bitsandbytes, compressed-tensors, GGUF), or use int8, int4 or fp8 to quantise one at load"
         )
     _check_kv_cache_dtype(engine.executor.model.kv_cache_dtype)
-    _check_replicas(config)
+    _check_pooling(config.pooler_config.pooling_type)
+    check_replicas(config)
     if config.root_path and (config.root_path[0] != "/" or config.root_path[-1] == "/"):
         raise ConfigError(f"--root-path {config.root_path}: expected a path such as /llm, without a trailing slash")
     if config.ssl_keyfile is None and (config.ssl_certfile or config.ssl_ca_certs or config.ssl_cert_reqs):
@@ -665,78 +704,15 @@ def _check_ranks(executor: ExecutorConfig) -> None:
             raise ConfigError(f"{flag} {size}: each rank is a process; use --distributed-executor-backend mp")
 
 
+def _check_pooling(name: str | None) -> None:
+    if name not in (None, "STEP") and set(name.split("+")) - set(VECTOR_POOLINGS):
+        known = ", ".join((*VECTOR_POOLINGS, "STEP"))
+        raise ConfigError(f"--pooler-config: pooling_type {name!r} is unknown; choose from {known}, or join some by +")
+
+
 def _check_kv_cache_dtype(name: str) -> None:
     if name not in KV_CACHE_DTYPES:
         raise ConfigError(f"--kv-cache-dtype {name}: unknown data type; choose from {', '.join(KV_CACHE_DTYPES)}")
-
-
-def _check_replicas(config: ServerConfig) -> None:
-    size, local, rank = config.data_parallel_size, config.data_parallel_size_local, config.data_parallel_rank
-    _check_headless(config)
-    if rank is not None and rank >= size:
-        raise ConfigError(f"--data-parallel-rank {rank}: must be less than --data-parallel-size, which is {size}")
-    if local is not None and local > size:
-        raise ConfigError(f"--data-parallel-size-local {local}: must not exceed --data-parallel-size, which is {size}")
-    if local == 0 and (rank is not None or size == 1):
-        raise ConfigError(
-            "--data-parallel-size-local 0: needs --data-parallel-size, whose engines run on other machines, without "
-            "--data-parallel-rank"
-        )
-    if rank is not None:
-        return
-    if config.data_parallel_external_lb:
-        raise ConfigError("--data-parallel-external-lb needs --data-parallel-rank: each server runs one engine")
-    if config.headless or config.num_local_replicas < size:
-        _check_replica_machines(config)
-
-
-def _check_headless(config: ServerConfig) -> None:
-    first = config.data_parallel_start_rank
-    if not config.headless:
-        if first:
-            raise ConfigError(
-                f"--data-parallel-start-rank {first}: needs --headless; the server's own engines begin at 0"
-            )
-        return
-    parallel = config.engine.executor.parallel
-    if parallel.nnodes > 1:
-        if parallel.node_rank == 0:
-            raise ConfigError("--headless: machine 0 serves the API; it is implied on all others")
-        return
-    if config.data_parallel_size == 1 or config.data_parallel_rank is not None:
-        raise ConfigError("--headless needs --data-parallel-size, of which this machine runs some, or --nnodes")
-    if first is None:
-        raise ConfigError("--headless needs --data-parallel-start-rank: number of the first engine on this machine")
-    last = first + config.num_local_replicas
-    if not config.num_local_replicas or last > config.data_parallel_size:
-        raise ConfigError(
-            f"--data-parallel-start-rank {first} --data-parallel-size-local {config.num_local_replicas}: engines are "
-            f"numbered from 0 to {config.data_parallel_size - 1}"
-        )
-
-
-def _check_replica_machines(config: ServerConfig) -> None:
-    """Checks the options of engines on several machines."""
-    parallel = config.engine.executor.parallel
-    if config.engine.executor.distributed_executor_backend != "mp":
-        raise ConfigError(
-            "engines on other machines have workers in processes; use --distributed-executor-backend mp, or omit "
-            "--data-parallel-size-local"
-        )
-    if config.engine.executor.lora.enable_lora:
-        raise ConfigError(
-            "--enable-lora: adapters are files of one machine; engines on others cannot load them; omit it"
-        )
-    if not config.data_parallel_address or config.data_parallel_address in WILDCARDS:
-        raise ConfigError(
-            "engines on other machines need --data-parallel-address: the address of the machine that serves the API, "
-            "as the others reach it. To serve each engine by itself, behind a load balancer, use --data-parallel-rank"
-        )
-    if not parallel.cluster_key:
-        raise ConfigError(
-            "engines on other machines need --cluster-key FILE, the same file on all machines; octavo cluster-key FILE "
-            "makes one"
-        )
 
 
 def _check_parsers(config: ServerConfig) -> None:

@@ -601,7 +601,7 @@ def _end(engine: EngineThread, machines: ExitStack) -> None:
 
 
 async def _start(engine: EngineThread, config: ServerConfig, files: ModelFiles) -> ServedModel:
-    metrics = EngineMetrics(files.name, engine=config.data_parallel_rank or 0)
+    metrics = EngineMetrics(files.name, engine=config.first_replica)
     bar = LoadBar()
     client = create_engines(config, lambda: files.tokenizer, metrics, on_progress=bar.update)
     engine.client = client

@@ -84,6 +84,8 @@ class LLMOptions(TypedDict, total=False):
     data_parallel_rpc_port: int
     data_parallel_start_rank: int | None
     headless: bool
+    data_parallel_backend: Literal["mp", "ray"]
+    data_parallel_hybrid_lb: bool
     data_parallel_rank: int | None
     data_parallel_external_lb: bool
     metrics_require_key: bool

@@ -88,19 +88,29 @@ def _check_ray(parallel: ParallelConfig) -> None:
             f"--node-rank {parallel.node_rank}: with --distributed-executor-backend ray, machine 0 alone is started; "
             "ray start makes others available"
         )
-    if parallel.ray_address.startswith("ray://"):
+    check_ray_address(parallel.ray_address)
+
+
+def check_ray_address(address: str) -> None:
+    """Checks ``--ray-address``.
+
+    Raises:
+        ConfigError: It is for clients outside of the cluster.
+    """
+    if address.startswith("ray://"):
         raise ConfigError(
-            f"--ray-address {parallel.ray_address}: the server runs on a machine of the cluster; give the address of "
-            "ray start, such as 10.0.0.1:6379, without ray://"
+            f"--ray-address {address}: the server runs on a machine of the cluster; give the address of ray start, "
+            "such as 10.0.0.1:6379, without ray://"
         )
 
 
-def check_machines(engine: EngineConfig, num_replicas: int) -> None:
+def check_machines(engine: EngineConfig, num_replicas: int, replica_backend: str) -> None:
     """Checks the options of several machines.
 
     Args:
         engine: The engine's configuration.
         num_replicas: ``--data-parallel-size``.
+        replica_backend: ``--data-parallel-backend``.
 
     Raises:
         ConfigError: They conflict with others, or one is missing.
@@ -108,8 +118,11 @@ def check_machines(engine: EngineConfig, num_replicas: int) -> None:
     parallel = engine.executor.parallel
     nnodes, rank = parallel.nnodes, parallel.node_rank
     backend = engine.executor.distributed_executor_backend
-    if parallel.ray_address and backend != "ray":
-        raise ConfigError(f"--ray-address {parallel.ray_address}: needs --distributed-executor-backend ray")
+    if parallel.ray_address and "ray" not in (backend, replica_backend):
+        raise ConfigError(
+            f"--ray-address {parallel.ray_address}: needs --distributed-executor-backend ray or "
+            "--data-parallel-backend ray"
+        )
     if nnodes == 1:
         if rank:
             raise ConfigError(f"--node-rank {rank}: needs --nnodes, the number of machines")

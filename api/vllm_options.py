@@ -215,7 +215,6 @@ TABLE = (
         Verdict.REFUSED,
         "one API process serves all engines, on machines that --headless adds; or start a server with "
         "--data-parallel-rank on each machine, behind a load balancer",
-        "data_parallel_backend=mp data_parallel_hybrid_lb:bool "
         "data_parallel_multi_port_external_lb:bool data_parallel_supervisor_port "
         "enable_elastic_ep:bool elastic_ep_max_dp_size "
         "enable_fault_tolerance:bool",
@@ -305,7 +304,8 @@ before them. False is neutral for a bool; where the verdict is DONE, True is."""
 
 _WORKING = """
     allow_credentials allowed_headers allowed_methods allowed_origins api_key attention_backend block_size
-    chat_template chat_template_content_format convert data_parallel_address data_parallel_external_lb
+    chat_template chat_template_content_format convert data_parallel_address data_parallel_backend
+    data_parallel_external_lb data_parallel_hybrid_lb
     data_parallel_rank data_parallel_rpc_port data_parallel_size data_parallel_size_local data_parallel_start_rank
     default_chat_template_kwargs device disable_fastapi_docs
     disable_log_stats disable_uvicorn_access_log distributed_executor_backend download_dir dtype

@@ -285,6 +285,7 @@ class EngineCore:
         if self._record is not None:
             self._record.computing(self.in_flight)
         self.executor.submit(plan)
+        self._may_schedule = not scheduler.leaves_nothing(step)
         if len(self.in_flight) == 1:
             ended = self._send_mask()
             if ended:

@@ -159,8 +159,9 @@ class Scheduler:
         """Plans a step, or several in a row; None if no request can make progress."""
         begin = time.perf_counter()
         table = self.table
-        if self.kv.has_windows:
-            self._free_unseen()
+        if not self.waiting and not len(table.running):
+            return None
+        self._free_unseen()
         self.images.begin(self.num_running)
         slots, counts = self._wanted_by_running()
         num_steps = self._choose_num_steps(slots)
@@ -214,6 +215,13 @@ class Scheduler:
             num_steps=num_steps,
         )
         return plan, step
+
+    def leaves_nothing(self, step: InFlight) -> bool:
+        """Whether there is nothing to plan after the last plan until there are results: it has the last tokens of
+        prompts that are pooled, and no others wait."""
+        if self.waiting or len(step.slots) < len(self.table.running) or step.sampled.any():
+            return False
+        return bool((step.ends >= self.table.num_planned[step.slots]).all())
 
     def _choose_num_steps(self, slots: I32) -> int:
         """Steps in a row of a plan with these running rows: more than one if all decode and nothing else is to be done.
@@ -348,6 +356,8 @@ class Scheduler:
 
     def _free_unseen(self) -> None:
         """Frees the blocks that have left their windows."""
+        if not self.kv.has_windows:
+            return
         table = self.table
         confirmed = table.num_confirmed()
         for slot in np.flatnonzero(confirmed >= table.free_at).tolist():

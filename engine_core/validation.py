@@ -19,6 +19,7 @@ from engine_core.messages import (
     ResolvedPoolingParams,
     Thought,
     i32,
+    is_pooling_type,
 )
 
 ANY_POOLING = PoolingSupport()
@@ -118,7 +119,7 @@ def _pooling_problem(
 ) -> str | None:
     if not hidden_size:
         return "pooling is not supported by this executor"
-    if params.pooling_type not in POOLING_TYPES:
+    if not is_pooling_type(params.pooling_type):
         return f"pooling_type is not one of {', '.join(POOLING_TYPES)}"
     if params.dimensions is not None and not 1 <= params.dimensions <= hidden_size:
         return f"dimensions is not between 1 and {hidden_size}"

@@ -19,6 +19,9 @@ Positive = Annotated[int, Meta(ge=1)]
 
 NO_QUANTIZATION = frozenset({"none", "unquantized"})
 """Those for weights in the dtype of the activations, whatever the checkpoint has."""
+VECTOR_POOLINGS = ("LAST", "MEAN", "CLS", "MAX", "MEAN_SQRT_LEN", "WEIGHTED_MEAN")
+"""The last position, the mean of all positions, the first one; the largest numbers of any position; the sum of all
+divided by the root of their number; the mean in which each position counts as often as its number, from 1."""
 QUANTIZATION_ALIASES = {"awq_marlin": "awq", "gptq_marlin": "gptq", "modelopt_fp4": "modelopt"}
 """vLLM's names of kernels, and the methods of the checkpoints that they read."""
 QUANTIZATIONS = (
@@ -214,8 +217,10 @@ class ModelConfig(Config, frozen=True):
     """Folder of the safetensors files, if not the model's."""
     dense: Annotated[tuple[str, ...], Meta(extra={"internal": True})] = ()
     """Folders of dense layers that follow pooling, in the model's folder; a dot: a layer in the model's own files."""
+    num_pooled: Annotated[int, Meta(extra={"internal": True})] = 1
+    """Vectors behind each other that pooling makes of a text."""
     token_dense: Annotated[str, Meta(extra={"internal": True})] = ""
-    """Folder of a layer that makes vectors of tokens. Empty: ``dense`` makes them."""
+    """Folder of a layer that makes vectors of tokens. Empty: ``dense`` makes them, if it takes single states."""
     token_weights: Annotated[str, Meta(extra={"internal": True})] = ""
     """Folder of a layer that weighs tokens, for sparse vectors."""
 
@@ -279,8 +284,8 @@ class ParallelConfig(Config, frozen=True):
     ray_address: Annotated[
         str,
         Meta(
-            description="Address of the Ray cluster with --distributed-executor-backend ray, such as 10.0.0.1:6379. "
-            "Default: the one of this machine, or of RAY_ADDRESS.",
+            description="Address of the Ray cluster with --distributed-executor-backend ray or --data-parallel-backend "
+            "ray, such as 10.0.0.1:6379. Default: the one of this machine, or of RAY_ADDRESS.",
             extra={"group": "Machines"},
         ),
     ] = ""

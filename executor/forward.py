@@ -125,6 +125,10 @@ class UploadedForward:
         self._shares_memory = isinstance(setup.channel, ImmediateSteps)
         self._decode: DecodeSteps | None = None
         """Inputs of the last step, if the next one may go on from them."""
+        computes_whole = bool(setup.groups) and not any(group.is_cached for group in setup.groups)
+        self._numbers: I64 | None = np.arange(setup.max_tokens) if computes_whole and self._shares_memory else None
+        """int64 [tokens]: 0, 1, ..., if a step's prompts are whole."""
+        self._positions: I32 = np.arange(0 if self._numbers is None else setup.max_tokens, dtype=np.int32)
 
     @classmethod
     def memory(cls, setup: ForwardSetup) -> tuple[int, int]:
@@ -143,6 +147,36 @@ class UploadedForward:
         if follows and self._decode is not None:
             self._decode.advance()
             return self._decode.batch
+        self._decode = None
+        if self._numbers is not None and len(slots) == 1 and not self._states.adapters[slots[0]]:
+            return self._batch(self._alone(int(slots[0]), int(counts[0]), self._numbers), counts)
+        columns = self._columns(slots, counts, num_sampled)
+        batch = self._batch(columns, counts)
+        if follows is not None and self._may_go_on(batch, counts, num_sampled):
+            positions = columns["positions"].astype(np.int64)
+            self._decode = DecodeSteps(batch, columns, slots, positions, self._states, self._groups)
+        return batch
+
+    def _alone(self, slot: int, count: int, numbers: I64) -> dict[str, Array]:
+        """The columns of a step that computes one prompt, made of what is there already: somebody waits for it."""
+        states, positions = self._states, self._positions[:count]
+        columns: dict[str, Array] = {
+            "input_ids": states.token_ids[slot, :count],
+            "positions": positions,
+            "logits_rows": numbers[:0],
+            "query_start_loc": np.array((0, count), np.int32),
+            "seq_lens": np.array((min(count, int(states.num_attended[slot])),), np.int32),
+        }
+        if self._model.num_token_types:
+            second = positions >= states.second_segments[slot]
+            columns["token_types"] = (second & (self._model.num_token_types > 1)).astype(np.int32)
+        for index, group in enumerate(self._groups):
+            columns[f"block_table.{index}"] = self._positions[None, : -(-count // group.block_size)]
+            columns[f"slot_mapping.{index}"] = numbers[:count]
+        return columns
+
+    def _columns(self, slots: I32, counts: I32, num_sampled: U8) -> dict[str, Array]:
+        """The columns of a step."""
         states = self._states
         ends = counts.cumsum(dtype=np.int64)
         query_start_loc = np.zeros(len(slots) + 1, np.int32)
@@ -169,16 +203,19 @@ class UploadedForward:
         if self._model.num_token_types:
             second = positions >= states.second_segments[token_slots]
             columns["token_types"] = (second & (self._model.num_token_types > 1)).astype(np.int32)
-        tables = []
         for index, group in enumerate(self._groups):
             is_cached = group.is_cached
             block_table = states.block_tables[index][slots] if is_cached else step_blocks(counts, group.block_size)
             blocks = block_table[token_rows, positions // group.block_size].astype(np.int64)
             columns[f"block_table.{index}"] = block_table
-            tables.append(block_table)
             columns[f"slot_mapping.{index}"] = blocks * group.block_size + positions % group.block_size
+        return columns
+
+    def _batch(self, columns: Mapping[str, Array], counts: I32) -> InputBatch:
+        """Uploads the columns."""
         views = self._channel.upload(columns)
-        batch = InputBatch(
+        tables = [columns[f"block_table.{index}"] for index in range(len(self._groups))]
+        return InputBatch(
             input_ids=self._recent.input_ids(views),
             positions=views["positions"],
             attention=self._planned(views, [HostRows(counts, columns["seq_lens"], table) for table in tables]),
@@ -187,10 +224,6 @@ class UploadedForward:
             sample_adapters=adapter_rows("sample_adapters", views),
             token_types=views.get("token_types"),
         )
-        self._decode = None
-        if follows is not None and self._may_go_on(batch, counts, num_sampled):
-            self._decode = DecodeSteps(batch, columns, slots, positions, states, self._groups)
-        return batch
 
     def _planned(self, views: Mapping[str, Tensor], rows: Sequence[HostRows]) -> list[AttentionMetadata]:
         """The metadata of each group, from what was uploaded and what the host knows."""

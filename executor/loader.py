@@ -70,6 +70,8 @@ class LoadedModel:
     dtype: torch.dtype
     max_model_len: int
     """Longest sequence: as configured, else the model's maximum."""
+    num_pooled: int = 1
+    """See ``ModelConfig``."""
     dense: tuple[DenseModule, ...] = ()
     """Layers that follow pooling."""
     token_dense: tuple[DenseModule, ...] = ()
@@ -84,7 +86,9 @@ class LoadedModel:
     @property
     def vector_size(self) -> int:
         """Size of pooled vectors."""
-        return self.dense[-1].out_features if self.dense else self.model.hidden_size or self.hf_config.hidden_size
+        if self.dense:
+            return self.dense[-1].out_features
+        return (self.model.hidden_size or self.hf_config.hidden_size) * self.num_pooled
 
     @property
     def pooling_head(self) -> PoolingHead | TokenWeights | None:
@@ -111,6 +115,26 @@ class Target:
 
     parameter: WeightParameter
     shard_id: ShardId
+
+
+def _dense_layers(
+    config: ModelConfig, size: int
+) -> tuple[tuple[DenseModule, ...], tuple[DenseModule, ...], TokenWeights | None]:
+    """The layers behind pooling, those that make vectors of tokens, and the one that weighs them.
+
+    Args:
+        config: Says which there are.
+        size: Size of hidden states.
+
+    Raises:
+        ModelError: See ``load_dense``.
+    """
+    folder = Path(config.model)
+    dense = load_dense(folder, config.dense, size * config.num_pooled, Path(config.weights or folder))
+    own = dense if config.num_pooled == 1 else ()
+    token_dense = (load_linear(Path(config.token_dense), size),) if config.token_dense else own
+    weights = TokenWeights(load_linear(Path(config.token_weights), size)) if config.token_weights else None
+    return dense, token_dense, weights
 
 
 def load_model(
@@ -152,10 +176,7 @@ def load_model(
     _log_formats(model)
     model.loaded()
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    size, folder = model.hidden_size or hf_config.hidden_size, Path(config.model)
-    dense = load_dense(folder, config.dense, size, Path(config.weights) if config.weights else folder)
-    token_dense = (load_linear(Path(config.token_dense), size),) if config.token_dense else dense
-    weights = TokenWeights(load_linear(Path(config.token_weights), size)) if config.token_weights else None
+    dense, token_dense, token_weights = _dense_layers(config, model.hidden_size or hf_config.hidden_size)
     tower = load_tower(config, context, attention_backend, progress)
     if tower is not None:
         weight_bytes += sum(parameter.nbytes for parameter in tower.parameters())
@@ -165,9 +186,10 @@ def load_model(
         weight_bytes,
         context.dtype,
         context.max_model_len,
+        config.num_pooled,
         dense,
         token_dense,
-        weights,
+        token_weights,
         tower,
         context,
     )
@@ -211,7 +233,10 @@ def prepare_model(
         head=head,
         max_adapters=max_adapters,
     )
-    return build_model(model_class, context, attention_backend), context, checkpoint
+    model = build_model(model_class, context, attention_backend)
+    if not hf_config.boolean("is_causal", True) and any(layer.shape.causal for layer in model.attention_layers()):
+        hf_config.bad("is_causal", f"true for {hf_config.architecture}, whose tokens attend to earlier ones only")
+    return model, context, checkpoint
 
 
 def quantization_of(

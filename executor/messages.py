@@ -13,6 +13,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from executor.config import VECTOR_POOLINGS
+
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
@@ -126,7 +128,7 @@ class ResolvedPoolingParams(Message, frozen=True):
     """How to pool the hidden states of a request that generates no tokens."""
 
     pooling_type: str = "LAST"
-    """One of ``POOLING_TYPES``."""
+    """One of ``POOLING_TYPES``, or several vectors behind each other: names of ``VECTOR_POOLINGS``, joined by a +."""
     normalize: bool = True
     """Scale each vector to length 1."""
     dimensions: int | None = None
@@ -148,8 +150,13 @@ class ResolvedPoolingParams(Message, frozen=True):
         return self.pooling_type != "LAST"
 
 
-POOLING_TYPES = ("LAST", "MEAN", "CLS", "ALL")
-"""The last position, the mean of all positions, the first position, or one vector per position."""
+POOLING_TYPES = (*VECTOR_POOLINGS, "ALL")
+"""A vector, or one per position."""
+
+
+def is_pooling_type(name: str) -> bool:
+    """Whether hidden states can be pooled like that; see ``ResolvedPoolingParams.pooling_type``."""
+    return name in POOLING_TYPES or all(part in VECTOR_POOLINGS for part in name.split("+"))
 
 
 class LoRARequest(Message, frozen=True):

@@ -64,23 +64,29 @@ class LastPooling:
 class FirstPooling:
     """The state of the first position."""
 
+    def __init__(self) -> None:
+        self._row: F32 | None = None
+
     def wanted(self, first: int, count: int, *, is_last: bool) -> slice:
         return slice(0, 1 if first == 0 else 0)
 
     def take(self, rows: F32) -> None:
-        for row in rows:
-            self._row: F32 = row.copy()
+        if self._row is None and len(rows):
+            self._row = rows[0].copy()
 
     def result(self) -> F32:
+        assert self._row is not None
         return self._row
 
 
 class MeanPooling:
     """The mean over all positions: a float32 sum from the first position to the last, then one division."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, root: bool = False) -> None:
+        """``root``: divide by the root of the number of positions."""
         self._sum: F32 | None = None
         self._count = 0
+        self._root = root
 
     def wanted(self, first: int, count: int, *, is_last: bool) -> slice:
         return slice(0, count)
@@ -95,8 +101,71 @@ class MeanPooling:
 
     def result(self) -> F32:
         assert self._sum is not None
-        mean: F32 = self._sum / np.float32(self._count)
+        count = np.float32(self._count)
+        mean: F32 = self._sum / (np.sqrt(count) if self._root else count)
         return mean
+
+
+class WeightedMeanPooling:
+    """The mean in which each position counts as often as its number, from 1 (SGPT, arXiv:2202.08904)."""
+
+    def __init__(self, num_skipped: int) -> None:
+        """``num_skipped``: Positions before the first, which are numbered, too."""
+        self._sum: F32 | None = None
+        self._number = num_skipped
+        self._weights = 0
+
+    def wanted(self, first: int, count: int, *, is_last: bool) -> slice:
+        return slice(0, count)
+
+    def take(self, rows: F32) -> None:
+        if self._sum is None:
+            self._sum = np.zeros(rows.shape[1], np.float32)
+        for row in rows:
+            self._number += 1
+            self._weights += self._number
+            self._sum += row * np.float32(self._number)
+
+    def result(self) -> F32:
+        assert self._sum is not None
+        mean: F32 = self._sum / np.float32(self._weights)
+        return mean
+
+
+class MaxPooling:
+    """Of each number of the states, the largest."""
+
+    def __init__(self) -> None:
+        self._most: F32 | None = None
+
+    def wanted(self, first: int, count: int, *, is_last: bool) -> slice:
+        return slice(0, count)
+
+    def take(self, rows: F32) -> None:
+        for row in rows:
+            self._most = row.copy() if self._most is None else np.maximum(self._most, row)
+
+    def result(self) -> F32:
+        assert self._most is not None
+        return self._most
+
+
+class SeveralPoolings:
+    """Vectors behind each other."""
+
+    def __init__(self, parts: Sequence[Pooling]) -> None:
+        """``parts``: Each takes all rows, and finds its own among them."""
+        self._parts = parts
+
+    def wanted(self, first: int, count: int, *, is_last: bool) -> slice:
+        return slice(0, count)
+
+    def take(self, rows: F32) -> None:
+        for part in self._parts:
+            part.take(rows)
+
+    def result(self) -> F32:
+        return np.concatenate([part.result() for part in self._parts])
 
 
 class AllPooling:
@@ -115,13 +184,22 @@ class AllPooling:
         return np.concatenate(self._parts)
 
 
-POOLINGS: dict[str, Callable[[], Pooling]] = {
-    "LAST": LastPooling,
-    "MEAN": MeanPooling,
-    "CLS": FirstPooling,
-    "ALL": AllPooling,
+POOLINGS: dict[str, Callable[[int], Pooling]] = {
+    "LAST": lambda skipped: LastPooling(),
+    "MEAN": lambda skipped: MeanPooling(),
+    "CLS": lambda skipped: FirstPooling(),
+    "ALL": lambda skipped: AllPooling(),
+    "MAX": lambda skipped: MaxPooling(),
+    "MEAN_SQRT_LEN": lambda skipped: MeanPooling(root=True),
+    "WEIGHTED_MEAN": WeightedMeanPooling,
 }
-"""By ``ResolvedPoolingParams.pooling_type``."""
+"""By ``ResolvedPoolingParams.pooling_type``; called with the number of skipped positions."""
+
+
+def create_pooling(params: ResolvedPoolingParams) -> Pooling:
+    """What a request asks for."""
+    parts = [POOLINGS[name](params.num_skipped) for name in params.pooling_type.split("+")]
+    return parts[0] if len(parts) == 1 else SeveralPoolings(parts)
 
 
 Layer = Callable[[F32], F32]
@@ -203,7 +281,7 @@ class Pooler:
     def add(self, slot: int, params: ResolvedPoolingParams | None) -> None:
         """Registers a request that enters a slot; None: it generates and is not pooled."""
         self._params[slot] = params
-        self._poolings[slot] = None if params is None else POOLINGS[params.pooling_type]()
+        self._poolings[slot] = None if params is None else create_pooling(params)
         self._num_active += int(params is not None) - int(self._is_active[slot])
         self._is_active[slot] = params is not None
 

@@ -16,7 +16,8 @@ part of virtual time only with ``--charge-python``. All flags of the engine hold
 ``--no-enable-prefix-caching``, ``--num-gpu-blocks-override`` and ``--simulated-device '{"step_us": 8000}'``.
 
 ``--data-parallel-size N`` replays the requests through N engines and the server's router, and compares it with taking
-turns and with giving each request to the engine that has the fewest (``simulated_replicas.py``).
+turns and with giving each request to the engine that has the fewest (``simulated_replicas.py``). It also prints the hit
+rate of one cache as large as those of all engines, which no routing can exceed, and of one without a limit.
 
 ``--steady N`` measures planning and retiring with exactly N requests that decode, and nothing else.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +10,12 @@ import numpy as np
 from simulate import PromptMaker, Simulation, TraceRequest
 
 from api.commands.bench.figures import describe
-from api.engine.routing import Router
+from api.engine.routing import PrefixIndex, Router
 from engine_core.config import EngineConfig
 
 ROUTINGS = ("prefix", "round_robin", "least_loaded")
+ONE_CACHE, NO_LIMIT = "one cache", "no limit"
+"""Bounds of the hit rate: of one cache as large as those of all engines together, and of one that forgets nothing."""
 
 
 class Replicas:
@@ -122,7 +125,37 @@ def compare(
         replicas = Replicas(config, workload, prompts, num_replicas, name)
         replicas.run()
         figures[name] = replicas.summary()
+    if config.cache.enable_prefix_caching:
+        engine = replicas.engines[0]
+        num_blocks = num_replicas * engine.shape.num_tokens // engine.shape.alignment
+        for name, capacity in ((ONE_CACHE, num_blocks), (NO_LIMIT, sys.maxsize)):
+            rate = best_hit_rate(engine, workload, prompts, capacity)
+            figures[name] = {"prefix_cache_hit_rate": rate}
     return figures
+
+
+def best_hit_rate(engine: Simulation, workload: Sequence[TraceRequest], prompts: PromptMaker, num_blocks: int) -> float:
+    """Share of the prompts' tokens that a single cache has, if a prompt enters it whole as soon as it arrives, and the
+    least recently used blocks make room. No routing finds more in caches that have as many blocks together, but for
+    luck in what they drop.
+
+    Args:
+        engine: Any engine: its block size counts, and how long prompts may be.
+        workload: The requests.
+        prompts: Their tokens.
+        num_blocks: Size of the cache.
+    """
+    router = Router(1)
+    router.engine_ready(0, num_blocks, engine.shape.alignment)
+    index = PrefixIndex(num_blocks)
+    hits = total = 0
+    for number, request in enumerate(sorted(workload, key=lambda request: request.arrival)):
+        prefix = router.prefix(prompts.token_ids(number, engine.prompt_len(request)))
+        most = (prefix.num_tokens - 1) // engine.shape.alignment
+        hits += min(index.longest(prefix.hashes), most) * engine.shape.alignment
+        total += prefix.num_tokens
+        index.use(prefix.hashes)
+    return hits / max(total, 1)
 
 
 def format_comparison(figures: dict[str, Any]) -> str:
@@ -130,6 +163,9 @@ def format_comparison(figures: dict[str, Any]) -> str:
     columns = ("hits", "TTFT p50", "p90", "p99 ms", "e2e p50 ms", "busy s", "spread")
     lines = [f"{'':14}" + "".join(f"{name:>12}" for name in columns)]
     for name, row in figures.items():
+        if "ttft_ms" not in row:  # a bound
+            lines.append(f"{name:14}{row['prefix_cache_hit_rate']:>12.1%}")
+            continue
         busy, ttft = row["busy_s"], row["ttft_ms"]
         spread = (max(busy) - min(busy)) / max(max(busy), 1e-9)
         values = (

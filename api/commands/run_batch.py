@@ -182,7 +182,7 @@ class Counts(msgspec.Struct):
 async def _serve_batch(
     config: ServerConfig, files: ModelFiles, lines: IO[bytes], output: IO[bytes], max_concurrency: int
 ) -> Counts:
-    metrics = EngineMetrics(files.name, engine=config.data_parallel_rank or 0)
+    metrics = EngineMetrics(files.name, engine=config.first_replica)
     bar = LoadBar()
     client = create_engines(config, lambda: files.tokenizer, metrics, on_progress=bar.update)
     try:

@@ -329,7 +329,7 @@ class EngineClient:
         self._queue.enter(state.index, submission.tenant, state.num_prompt_tokens, is_extra=submission.is_extra)
 
     def _check_submit(self, data_parallel_rank: int | None) -> None:
-        if data_parallel_rank not in (None, self.rank):
+        if self._pool is None and data_parallel_rank not in (None, self.rank):
             raise no_such_rank(data_parallel_rank, (self.rank,))
         if self.dead is not None:
             raise self.dead

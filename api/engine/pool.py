@@ -90,7 +90,8 @@ class EnginePool:
             config: Configuration of each engine core; limits of the queue are those of all together.
             num_replicas: Number of engines.
             read_tokenizer: As for a client.
-            metrics: Metrics of the first engine; those of the others are created.
+            metrics: Metrics of the first engine; those of the others are created. Its number there is that among the
+                engines of all servers; here, they count from 0.
             on_progress: Called while the first engine's model loads.
             on_fatal: Called once if all engines have died for good.
             bounds_queue: As for a client.
@@ -112,13 +113,14 @@ class EnginePool:
         self._refusal: EngineDeadError | None = None
         """Why no requests are accepted any more, although engines may be alive."""
         self._ranks = range(num_replicas)
+        self._first = metrics.engine
         self._remote = RemoteReplicas(config, num_local, num_replicas) if num_local < num_replicas else None
         self._kernels: dict[int, str] = {}
         self.clients = [
             EngineClient(
                 _share(config, rank, max(1, num_local)),
                 None,
-                metrics.of(rank),
+                metrics.of(self._first + rank),
                 on_progress=on_progress if rank == 0 else None,
                 on_fatal=self._on_death,
                 prepares_grammars=prepares_grammars,
@@ -256,9 +258,9 @@ class EnginePool:
     def _choose(self, prefix: Prefix, wanted: int | None) -> EngineClient:
         """The engine for a prompt: the wanted one, or the best of those that can start at once."""
         if wanted is not None:
-            if wanted not in self._ranks:
-                raise no_such_rank(wanted, self._ranks)
-            return self.clients[wanted]
+            if wanted - self._first not in self._ranks:
+                raise no_such_rank(wanted, [self._first + rank for rank in self._ranks])
+            return self.clients[wanted - self._first]
         clients = self.clients
         candidates = (
             [client.rank for client in clients if client.is_ready]
@@ -363,9 +365,10 @@ class EnginePool:
         moved: dict[int, list[RequestState]] = {}
         for state in sorted(states, key=trial_order):
             moved.setdefault(self._router.move(state.index, ranks), []).append(state)
-        self._metrics.of(client.rank).on_moved(len(states))
+        number = self._first + client.rank
+        self._metrics.of(number).on_moved(len(states))
         for rank, own in moved.items():
-            logger.warning("engine %d goes on with %d requests of engine %d", rank, len(own), client.rank)
+            logger.warning("engine %d goes on with %d requests of engine %d", self._first + rank, len(own), number)
             self.clients[rank].adopt(own)
 
     def objection(self, rank: int, ready: EngineReady) -> str | None:
@@ -426,13 +429,16 @@ def create_engines(
 ) -> Engines:
     """The engines of a model, as configured: one, or a pool of replicas. See ``EngineClient``.
 
-    A server of one replica out of several, behind a balancer of the user's, has one engine with that rank.
+    A server of some of the replicas, behind a balancer of the user's, has those engines alone.
     """
     engine, count, rank = config.engine, config.num_local_replicas, config.data_parallel_rank
-    if rank is None and config.data_parallel_size > 1:
+    size = config.data_parallel_size
+    if config.data_parallel_hybrid_lb:
+        size, rank = count, config.first_replica if count == 1 else None
+    if rank is None and size > 1:
         return EnginePool(
             config.replica_engine,
-            config.data_parallel_size,
+            size,
             read_tokenizer,
             metrics,
             on_progress=on_progress,

@@ -284,8 +284,11 @@ class ServedModel:
                 f"This model's maximum context length is {self.limits.max_model_len} tokens. However, your prompt has "
                 f"{len(text)} characters, which is more than fit in that many tokens. Please shorten the prompt.",
             )
-        tokens = await self._tokenized(len(text), partial(self.tokenizer.encode, text, add_special_tokens))
+        tokens = await self._tokenized(len(text), partial(self._encode, text, add_special_tokens))
         return tokens if self.images is None else self.images.filled_up(tokens)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self.tokenizer.encode(text.lower() if self.sentences.lowers else text, add_special_tokens)
 
     async def tokenize_pair(
         self, first: str, second: str, *, max_tokens: int = 0, max_second: int = 0, instruction: str | None = None
@@ -304,6 +307,8 @@ class ServedModel:
         """
         length = len(first) + len(second)
         check_number(length, max(MAX_TEXT_CHARS, self.limits.max_model_len), "prompt", "characters")
+        if self.sentences.lowers:
+            first, second = first.lower(), second.lower()
         encode = partial(self.tokenizer.encode_pair, first, second, max_tokens, max_second)
         if self.pair_template is not None:
             encode = partial(

@@ -35,7 +35,9 @@ from api.model.pooler import (
     STEP_FIELDS,
     ModelPooler,
     SentenceConfig,
+    encoder_overrides,
     find_pooler,
+    merge_pooler,
     step_overrides,
 )
 from api.model.task_adapters import MAX_TASK_RANK, task_adapters
@@ -313,6 +315,7 @@ def _pooling_only(config: ServerConfig, files: ModelFiles, model: ModelConfig) -
         hf_overrides=overrides,
         max_model_len=length,
         dense=sentences.dense,
+        num_pooled=(merge_pooler(config.pooler_config, files.pooler).pooling_type or "").count("+") + 1,
         token_dense=folders.get(MULTI_VECTOR, ""),
         token_weights=folders.get(SPARSE, ""),
     )
@@ -513,7 +516,7 @@ def _check_config(file: str | Path, config: ServerConfig, name: str | Path) -> d
     if not isinstance(fields, dict):
         raise ModelFileError(file, "not a JSON object")
     fields = {**fields, **model.hf_overrides}
-    fields |= _step_overrides(config, fields)
+    fields |= _step_overrides(config, fields) or encoder_overrides(fields)
     try:
         sizes = executor.parallel.tensor_parallel_size, executor.parallel.pipeline_parallel_size
         check_supported(fields, model.quantization, model.model_impl, model.dtype, *sizes)
@@ -535,7 +538,7 @@ def _step_overrides(config: ServerConfig, fields: Mapping[str, Any]) -> dict[str
 def _own_step_fields(config: ServerConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
     """What ``_step_overrides`` has changed in the fields of config.json. Raises ConfigError if there is none."""
     if not config.pooler_config.returned_token_ids:
-        return {}
+        return {"architectures": fields["architectures"]} if fields.get("is_causal") is False else {}
     if not fields:
         raise ConfigError("--pooler-config: returned_token_ids needs a model's folder; omit it")
     return {name: fields[name] for name in STEP_FIELDS}

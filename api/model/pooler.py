@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
@@ -16,8 +16,6 @@ from api.config import PoolerConfig
 from api.model.gguf_file import GGUFFile
 from api.model.late_interaction import LateInteraction, from_metadata, from_pylate
 from engine_core.launch import read_json, why
-
-PoolingType = Literal["LAST", "MEAN", "CLS"]
 
 MODULES = "modules.json"
 POOLING = "1_Pooling/config.json"
@@ -31,17 +29,30 @@ SPARSE, MULTI_VECTOR = "sparse_linear.pt", "colbert_linear.pt"
 MAX_DOCUMENT = 1 << 20
 MAX_PROMPTS, MAX_PROMPT_CHARS = 256, 1 << 14
 MAX_DENSE = 8
+MAX_MODES = 8
 CAUSAL = "ForCausalLM"
 STEP_FIELDS = ("architectures", "classifier_token_ids", "id2label")
 """Fields of config.json that make a generative model a judge of steps."""
 
-_MODES: dict[str, PoolingType] = {
-    "pooling_mode_cls_token": "CLS",
-    "pooling_mode_mean_tokens": "MEAN",
-    "pooling_mode_lasttoken": "LAST",
+_MODES = {
+    "cls": "CLS",
+    "max": "MAX",
+    "mean": "MEAN",
+    "mean_sqrt_len_tokens": "MEAN_SQRT_LEN",
+    "weightedmean": "WEIGHTED_MEAN",
+    "lasttoken": "LAST",
 }
-_NAMED_MODES: dict[str, PoolingType] = {"cls": "CLS", "mean": "MEAN", "lasttoken": "LAST"}
-_GGUF_TYPES: dict[int, PoolingType] = {1: "MEAN", 2: "CLS", 3: "LAST"}
+"""Pooling types by ``pooling_mode``."""
+_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+"""The same, as older files have them, in the order in which vectors are joined."""
+_GGUF_TYPES = {1: "MEAN", 2: "CLS", 3: "LAST"}
 """Pooling types by llama.cpp's numbers."""
 
 
@@ -58,6 +69,8 @@ class SentenceConfig(NamedTuple):
     """Whether the tokens of prompts are pooled, too."""
     max_length: int | None = None
     """Maximum tokens of a text."""
+    lowers: bool = False
+    """Whether texts are converted to lower case."""
     activation: str | None = None
     """Of a cross-encoder's scores: the name of a class of torch."""
     late: LateInteraction | None = None
@@ -134,7 +147,8 @@ def _with_settings(path: Path, sentences: SentenceConfig) -> SentenceConfig:
         length = settings.get("max_seq_length") if isinstance(settings, dict) else None
         if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
             raise _UnclearError(f"{TRANSFORMER}: max_seq_length must be a number of tokens")
-        sentences = sentences._replace(max_length=length)
+        lowers = isinstance(settings, dict) and settings.get("do_lower_case") is True
+        sentences = sentences._replace(max_length=length, lowers=lowers)
     return sentences
 
 
@@ -189,6 +203,16 @@ def step_overrides(pooler: PoolerConfig, fields: Mapping[str, Any]) -> dict[str,
     return dict(zip(STEP_FIELDS, ([architecture], list(ids), labels), strict=True))
 
 
+def encoder_overrides(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of config.json by which a decoder is an encoder, whose tokens attend to those after them (GTE-Qwen2);
+    empty: it is not."""
+    names = fields.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    if fields.get("is_causal") is not False or not name.endswith(CAUSAL):
+        return {}
+    return {"architectures": [f"{name.removesuffix(CAUSAL)}Model"]}
+
+
 def _from_gguf(gguf: GGUFFile) -> ModelPooler:
     architecture = gguf.metadata.get("general.architecture")
     number = gguf.metadata.get(f"{architecture}.pooling_type")
@@ -235,15 +259,17 @@ def _folders(folder: Path, modules: list[dict[str, Any]], *, has_weights: bool =
     return [str(name) for name in names]
 
 
-def _pooling_type(fields: dict[str, Any], name: str) -> PoolingType:
-    named = fields.get("pooling_mode")
-    modes = [key for key, value in fields.items() if key.startswith("pooling_mode_") and value is True]
-    if named is None and len(modes) == 1 and modes[0] in _MODES:
-        return _MODES[modes[0]]
-    if isinstance(named, str) and not modes and named in _NAMED_MODES:
-        return _NAMED_MODES[named]
-    shown = ", ".join(modes) or str(named)
-    raise _UnclearError(f"{name} asks for {shown[:200]}, but only cls, mean and lasttoken are supported")
+def _pooling_type(fields: dict[str, Any], name: str) -> str:
+    modes = fields.get("pooling_mode")
+    flags = [key for key, value in fields.items() if key.startswith("pooling_mode_") and value is True]
+    if modes is None:
+        known = [mode for flag, mode in _FLAGS.items() if flag in flags]
+        modes = [*known, *(flag for flag in flags if flag not in _FLAGS)] or ["mean"]
+    elif isinstance(modes, str):
+        modes = [modes]
+    if isinstance(modes, list) and 0 < len(modes) <= MAX_MODES and all(str(mode) in _MODES for mode in modes):
+        return "+".join(_MODES[mode] for mode in modes)
+    raise _UnclearError(f"{name} asks for {str(modes)[:200]}, but the modes are {', '.join(_MODES)}")
 
 
 def _read(folder: Path, name: str) -> Any:

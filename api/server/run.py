@@ -253,7 +253,7 @@ class _Run:
         self._exit_code = 0
         self._tracer: Tracer | None = None
         names = config.served_model_name
-        self._metrics = EngineMetrics(names[0] if names else files.name, engine=config.data_parallel_rank or 0)
+        self._metrics = EngineMetrics(names[0] if names else files.name, engine=config.first_replica)
         self._client = create_engines(
             config,
             lambda: files.tokenizer,

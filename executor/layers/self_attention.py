@@ -53,7 +53,8 @@ class SelfAttention(nn.Module):
         logit_softcap: Scores are soft-capped to plus and minus this.
         alibi_slopes: See ``AttentionShape``.
         has_sinks: Likewise.
-        is_bidirectional: Tokens attend to those after them, too. There is no cache.
+        is_bidirectional: Tokens attend to those after them, too. There is no cache. Likewise if config.json has
+            ``"is_causal": false``, as embedders made of decoders do (GTE-Qwen2).
         biases: Added to the scores.
         prefix: The layer's name in the model.
     """
@@ -84,6 +85,7 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         config = context.config
+        is_bidirectional = is_bidirectional or not config.boolean("is_causal", True)
         heads, kv_heads, head_dim = config.num_heads, num_kv_heads or config.num_kv_heads, config.head_dim
         sizes, out_name = (input_size or config.hidden_size, head_dim, heads, kv_heads), f"{prefix}.o_proj"
         names = None if is_fused or is_grouped else ("q_proj", "k_proj", "v_proj")

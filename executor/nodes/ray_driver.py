@@ -85,7 +85,7 @@ class AgentKeeper:
         try:
             self._ray.init(given or "auto", log_to_driver=True, logging_level="warning", namespace="octavo")
         except (self._ray.exceptions.RayError, RuntimeError, ValueError, OSError, AssertionError) as error:
-            where = f"--ray-address {given}" if given else "--distributed-executor-backend ray"
+            where = f"--ray-address {given}" if given else self._placement.option
             raise ModelError(
                 f"{where}: cannot join a Ray cluster ({_first_line(error)}); ray start --head begins one here"
             ) from None
@@ -114,7 +114,7 @@ class AgentKeeper:
                 break
             reason = self._too_few(missing)
             if (now := self._clock()) - begin >= PLACE_TIMEOUT:
-                raise ModelError(f"--distributed-executor-backend ray: {reason}")
+                raise ModelError(f"{self._placement.option}: {reason}")
             if now - reminded_at >= REMINDER or reminded_at == begin:
                 reminded_at = now
                 logger.info("waiting for machines: %s", reason)
@@ -175,7 +175,7 @@ class AgentKeeper:
         seat.delay = 0.0 if lasted else min(max(1.0, 2 * seat.delay), MAX_DELAY)
         seat.start_at = now + seat.delay
         self._waiting.append(seat)
-        logger.warning("machine %d: %s; Ray starts another in %.0f s", seat.launch.node_rank, reason, seat.delay)
+        logger.warning("%s: %s; Ray starts another in %.0f s", seat.launch.title, reason, seat.delay)
 
 
 def _first_line(error: BaseException) -> str:
@@ -183,8 +183,11 @@ def _first_line(error: BaseException) -> str:
     return printable(" ".join(lines[0].split())) if lines else type(error).__name__
 
 
-def load_ray() -> Any:
+def load_ray(option: str) -> Any:
     """The package, with all that is used of it.
+
+    Args:
+        option: Who needs it, for the error.
 
     Raises:
         ModelError: It is not installed.
@@ -193,9 +196,7 @@ def load_ray() -> Any:
         ray = importlib.import_module("ray")
         importlib.import_module("ray.util.scheduling_strategies")
     except ImportError:
-        raise ModelError(
-            "--distributed-executor-backend ray: Ray is not installed; pip install 'octavo[ray]' on all machines"
-        ) from None
+        raise ModelError(f"{option}: Ray is not installed; pip install 'octavo[ray]' on all machines") from None
     return ray
 
 
@@ -220,7 +221,7 @@ def main() -> int:
     os.chdir("/")  # Ray has its workers import from the current folder
     report = RayReport(error="Ray's driver has failed; the log above says how")
     try:
-        keeper = AgentKeeper(load_ray(), placement)
+        keeper = AgentKeeper(load_ray(placement.option), placement)
         keeper.connect()
         _warn_of_strangers(placement)
         keeper.place()

@@ -24,6 +24,7 @@ class RayMachines:
     """Keeps agents on machines until it is closed."""
 
     def __init__(self, placement: RayPlacement) -> None:
+        self._option = placement.option
         self._payload = msgspec.msgpack.encode(placement)
         self._first: queue.SimpleQueue[RayReport] = queue.SimpleQueue()
         self._closing = threading.Event()
@@ -52,7 +53,7 @@ class RayMachines:
             self._keep_running()
         except OSError as error:  # no process or descriptor to be had
             logger.exception("Ray is asked no more")
-            self._first.put(RayReport(error=f"--distributed-executor-backend ray: {error.strerror or error}"))
+            self._first.put(RayReport(error=f"{self._option}: {error.strerror or error}"))
 
     def _keep_running(self) -> None:
         while True:

@@ -11,9 +11,11 @@ class AgentLaunch(Config, frozen=True):
     config: bytes
     """The server's whole configuration, which the agent's module knows how to read."""
     node_rank: int
-    """The machine's rank."""
+    """The machine's rank; of one with engines, the number of its first."""
     master_addr: str
     """Address of machine 0."""
+    title: str
+    """What the log calls the machine."""
     folder: str
     """Current folder of the server: relative paths mean the same files, if it exists on the machine."""
     secret: bytes = b""
@@ -23,6 +25,8 @@ class AgentLaunch(Config, frozen=True):
 class RayPlacement(Config, frozen=True):
     """The start message of the process that has Ray place agents."""
 
+    option: str
+    """The option that asks for it, in errors."""
     address: str
     """Of the Ray cluster; empty: that of this machine, or of ``RAY_ADDRESS``."""
     nnodes: int
@@ -30,7 +34,7 @@ class RayPlacement(Config, frozen=True):
     num_cpus: int
     """Ray's CPUs that an agent takes."""
     agents: tuple[AgentLaunch, ...]
-    """Of machines 1, 2, ...; an empty ``master_addr`` stands for this machine's address in Ray."""
+    """Of the other machines; an empty ``master_addr`` stands for this machine's address in Ray."""
     log_level: str = "info"
 
 

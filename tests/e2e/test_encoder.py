@@ -21,7 +21,13 @@ TEXTS = ["one text", "another, which is a little longer", "a third", *(f"number 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny.copy_of(tiny.checkpoint("bert"), tmp_path_factory.mktemp("encoder") / "model")
     (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": "query: "}}))
-    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 128}))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 128, "do_lower_case": True}))
+    modules = [
+        {"path": path, "type": f"models.{path[2:] or 'Transformer'}"} for path in ("", "1_Pooling", "2_Normalize")
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": ["cls", "mean"]}))
     return folder
 
 
@@ -36,6 +42,9 @@ def test_embeddings(server: Server, folder: Path) -> None:
         together = client.embeddings.create(model="encoder", input=TEXTS)
         alone = client.embeddings.create(model="encoder", input=TEXTS[1]).data[0].embedding
         assert together.data[1].embedding == alone and np.linalg.norm(alone) == pytest.approx(1, abs=1e-6)
+        assert client.embeddings.create(model="encoder", input=TEXTS[1].upper()).data[0].embedding == alone
+        short = client.embeddings.create(model="encoder", input=TEXTS[1], dimensions=100).data[0].embedding
+        assert (len(alone), len(short)) == (128, 100), "two vectors behind each other"
         with pytest.raises(openai.BadRequestError, match="128 tokens"):
             client.embeddings.create(model="encoder", input=[TEXTS[0], "x" * 5000])
         cut = {"truncate_prompt_tokens": -1}

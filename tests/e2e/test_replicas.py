@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -16,6 +17,8 @@ from tests.e2e.server import PATIENCE, Server
 from tests.e2e.test_faults import MAX_TOKENS, NUM_STREAMS, Stream, body
 from tests.e2e.test_machines import Agent
 from tests.ports import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 async def run_streams(server: Server, *disturbances: str | Callable[[], None]) -> list[Stream]:
@@ -124,3 +127,17 @@ def test_engines_of_two_machines(tiny_model: Path, tmp_path: Path) -> None:
     finally:
         for agent in agents:
             agent.kill()
+
+
+@pytest.mark.timeout(300)
+def test_engines_on_machines_that_ray_provides(tiny_model: Path) -> None:
+    """Through a stand-in for Ray; all processes but its own are real."""
+    flags = ["--model", str(tiny_model), "--dtype", "float32", "--kv-cache-memory", "64MiB", "--max-model-len", "512"]
+    flags += ["--data-parallel-size", "2", "--data-parallel-backend", "ray", "--num-threads", "1"]
+    port = str(free_port())
+    stand_ins = {"PYTHONPATH": str(ROOT / "tests" / "stand_ins")}
+    with Server(*flags, "--data-parallel-rpc-port", port, env=stand_ins) as server:
+        ask = partial(server.post, "/v1/completions", {**body(1), "stream": False})
+        answers = [ask(headers={"X-data-parallel-rank": rank}).json() for rank in "01"]
+        assert answers[0]["choices"][0]["text"] == answers[1]["choices"][0]["text"]
+        server.child("octavo engines 1-1")

@@ -251,3 +251,25 @@ def test_decoders_without_an_output_layer(name: str, model: str) -> None:
         state = reference(torch.tensor([prompt])).last_hidden_state[0, -1]
     (ours,) = pooled(runner_of(loaded), [prompt], [ResolvedPoolingParams(normalize=False)])
     np.testing.assert_allclose(ours, state.numpy(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_decoders_whose_tokens_attend_to_all(name: str) -> None:
+    """As GTE-Qwen2's do."""
+    folder = tiny.checkpoint(name, model=f"{name.capitalize()}Model")
+    loaded = load(folder, hf_overrides={"is_causal": False})
+    assert not loaded.pooling.generates and loaded.pooling.needs_whole_prompts
+    prompt = tokens(60)
+    reference = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        mask = torch.zeros(1, 1, len(prompt), len(prompt))
+        states = reference(torch.tensor([prompt]), attention_mask=mask).last_hidden_state[0]
+    params = [ResolvedPoolingParams(pooling_type=way, normalize=False) for way in ("CLS", "LAST")]
+    first, last = pooled(runner_of(loaded), [prompt] * 2, params)
+    np.testing.assert_allclose([first, last], states[[0, -1]].numpy(), rtol=0, atol=1e-4)
+
+
+def test_families_that_cannot_attend_to_all_say_so() -> None:
+    folder = tiny.checkpoint("lfm2", model="Lfm2Model")
+    message = "is_causal must be true for Lfm2Model, whose tokens attend to earlier ones only, not False"
+    assert message in refusal(folder, hf_overrides={"is_causal": False})

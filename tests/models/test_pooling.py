@@ -120,12 +120,25 @@ def reference(kind: str) -> Any:
 def expected(kind: str, prompt: list[int], params: ResolvedPoolingParams) -> torch.Tensor:
     with torch.inference_mode():
         states: torch.Tensor = reference(kind)(torch.tensor([prompt])).last_hidden_state[0]
-    vectors = {"LAST": states[-1], "MEAN": states.mean(0), "CLS": states[0], "ALL": states}[params.pooling_type]
-    vectors = vectors[..., : params.dimensions]
+    weights = torch.arange(1.0, len(prompt) + 1)[params.num_skipped :]
+    states = states[params.num_skipped :]
+    ways = {
+        "LAST": states[-1],
+        "MEAN": states.mean(0),
+        "CLS": states[0],
+        "ALL": states,
+        "MAX": states.max(0).values,
+        "MEAN_SQRT_LEN": states.sum(0) / len(states) ** 0.5,
+        "WEIGHTED_MEAN": weights @ states / weights.sum(),
+    }
+    vectors = torch.cat([ways[part] for part in params.pooling_type.split("+")], -1)[..., : params.dimensions]
     return torch.nn.functional.normalize(vectors, dim=-1) if params.normalize else vectors
 
 
-@pytest.mark.parametrize("pooling_type", POOLING_TYPES)
+TYPES = (*POOLING_TYPES, "CLS+MAX+LAST")
+
+
+@pytest.mark.parametrize("pooling_type", TYPES)
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 def test_vectors_are_those_of_transformers(kind: str, pooling_type: str) -> None:
     prompt = random_tokens(90)
@@ -140,7 +153,7 @@ def test_vectors_are_those_of_transformers(kind: str, pooling_type: str) -> None
                 np.testing.assert_allclose(np.linalg.norm(ours, axis=-1), 1, rtol=1e-6)
 
 
-PARAMS = [ResolvedPoolingParams(pooling_type=pooling_type, normalize=False) for pooling_type in POOLING_TYPES]
+PARAMS = [ResolvedPoolingParams(pooling_type=pooling_type, normalize=False) for pooling_type in TYPES]
 PROMPTS = [random_tokens(length, seed) for seed, length in enumerate((1, 40, 70, 131, 256))]
 PROMPTS += [PROMPTS[3][:96] + PROMPTS[1]]
 
@@ -178,6 +191,16 @@ def test_bits_do_not_depend_on_batch_chunks_and_cache(data: st.DataObject, dtype
     engine.run()
     for index, (prompt, pooling) in wanted.items():
         np.testing.assert_array_equal(engine.vectors[index], alone(dtype, cache, prompt, pooling))
+
+
+@pytest.mark.parametrize("pooling_type", ["MEAN_SQRT_LEN", "WEIGHTED_MEAN+CLS"])
+def test_skipped_positions_keep_their_numbers(pooling_type: str) -> None:
+    params = ResolvedPoolingParams(pooling_type=pooling_type, normalize=False, num_skipped=5)
+    prompt = random_tokens(40)
+    theirs = expected("llama", prompt, params).numpy()
+    for budget in (512, 3):
+        ours = pooled(prompt, params, "llama", max_num_batched_tokens=budget)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
 def test_only_the_last_position_reads_the_cache() -> None:

@@ -102,7 +102,7 @@ def test_pooling_requests_are_served_beside_others() -> None:
     [
         ("dimensions", {"pooling_params": ResolvedPoolingParams(dimensions=HIDDEN_SIZE + 1)}),
         ("dimensions", {"pooling_params": ResolvedPoolingParams(dimensions=0)}),
-        ("pooling_type", {"pooling_params": ResolvedPoolingParams(pooling_type="MAX")}),
+        ("pooling_type", {"pooling_params": ResolvedPoolingParams(pooling_type="MEAN+ALL")}),
         ("num_attended", {"pooling_params": ResolvedPoolingParams(num_attended=1)}),
         ("not both", {"pooling_params": ResolvedPoolingParams(), "params": ResolvedParams()}),
         ("not both", {"pooling_params": ResolvedPoolingParams(), "resumed_output_token_ids": b"\1\0\0\0"}),

@@ -95,6 +95,7 @@ ROOMS = (
         "machines",
         "otlp",
         "regex_syntax",
+        "replica_options",
         "speculation",
         "stop_regex",
         "version",

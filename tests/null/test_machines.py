@@ -319,6 +319,23 @@ def test_a_machine_that_is_silent_is_lost_and_may_come_back(
     machines.leader.start()
 
 
+def test_an_agent_that_hears_nothing_ends_its_workers_and_joins_again(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The leader stands still, or its cable is pulled. The cache stays with the agent."""
+    machines.run()
+    agent = machines.agent
+    assert agent is not None
+    monkeypatch.setattr(agents, "NODE_TIMEOUT", 0.1)
+    deadline = time.monotonic() + DEADLINE
+    while workers_of(agent).is_up:
+        assert time.monotonic() < deadline
+        agent._turn()
+    assert "the leader has said nothing for 0 s" in caplog.text
+    monkeypatch.setattr(agents, "NODE_TIMEOUT", DEADLINE)
+    lives_again(machines, r"^machine 1 \(.*\) has started again$", loses_memory=False)
+
+
 def test_a_new_leader_is_joined_and_knows_nothing_of_old_memory(machines: Machines) -> None:
     machines.run()
     agent = machines.agent

@@ -21,7 +21,7 @@ from api.cli import resolve, serve_parser
 from api.config import ServerConfig, make_config
 from api.errors import EngineDeadError
 from api.flags import ConfigError
-from api.ray_machines import of_machine, with_machines
+from api.ray_machines import _placement, of_machine, with_machines
 from executor.base import ModelError
 from executor.nodes import ray_driver, ray_machines
 from executor.nodes.key_files import HeldKey, read_key_file
@@ -30,6 +30,7 @@ from executor.nodes.ray_messages import AgentLaunch, RayPlacement
 
 STAND_INS = Path(__file__).resolve().parents[1] / "stand_ins"
 RAY = {"distributed_executor_backend": "ray", "pipeline_parallel_size": 3}
+OPTION = "--distributed-executor-backend ray"
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ RAY = {"distributed_executor_backend": "ray", "pipeline_parallel_size": 3}
         ({"pipeline_parallel_size": 1}, "Ray provides machines for pipeline stages; add --pipeline-parallel-size"),
         ({"node_rank": 1}, "--node-rank 1: with --distributed-executor-backend ray, machine 0 alone is started"),
         ({"ray_address": "ray://10.0.0.1:10001"}, "the server runs on a machine of the cluster.* without ray://"),
-        ({"distributed_executor_backend": "mp"}, "--ray-address auto: needs --distributed-executor-backend ray"),
+        ({"distributed_executor_backend": "mp"}, "--ray-address auto: needs --distributed-executor-backend ray or"),
         ({"nnodes": 4}, "--nnodes 4: machines divide a model by pipeline stages"),
         ({"data_parallel_size": 2}, "--nnodes 3: with several engines, each has one machine"),
         ({"master_addr": "0.0.0.0"}, "--nnodes 3 needs --master-addr"),
@@ -47,6 +48,53 @@ RAY = {"distributed_executor_backend": "ray", "pipeline_parallel_size": 3}
 def test_what_ray_cannot_do_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config(RAY | {"ray_address": "auto"} | fields)
+
+
+ENGINES = {"data_parallel_backend": "ray", "data_parallel_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data_parallel_size": 1}, "--data-parallel-backend ray: Ray provides machines for engines that are not on"),
+        ({"data_parallel_size_local": 4}, "--data-parallel-backend ray: Ray provides machines for engines that are"),
+        ({"data_parallel_rank": 1}, "--data-parallel-rank: with --data-parallel-backend ray, one server is started"),
+        ({"headless": True, "data_parallel_start_rank": 1}, "--headless: with --data-parallel-backend ray, one server"),
+        (
+            {"data_parallel_hybrid_lb": True, "data_parallel_size_local": 2},
+            "--data-parallel-hybrid-lb: with --data-par",
+        ),
+        ({"ray_address": "ray://10.0.0.1:10001"}, "the server runs on a machine of the cluster.* without ray://"),
+        ({"data_parallel_address": "::"}, "engines on other machines need --data-parallel-address"),
+        ({"distributed_executor_backend": "ray"}, "--distributed-executor-backend ray: Ray provides machines for pipe"),
+        ({"distributed_executor_backend": "inline"}, "engines on other machines have workers in processes"),
+        ({"enable_lora": True}, "--enable-lora: adapters are files of one machine"),
+    ],
+)
+def test_what_ray_cannot_do_for_engines(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(ENGINES | {"ray_address": "auto"} | fields)
+
+
+@pytest.mark.parametrize(
+    ("local", "machines"),
+    [(None, [(1, 1), (2, 1), (3, 1)]), (0, [(0, 1), (1, 1), (2, 1), (3, 1)]), (2, [(2, 2)]), (3, [(3, 1)])],
+)
+def test_machines_have_as_many_engines_as_this_one(local: int | None, machines: list[tuple[int, int]]) -> None:
+    """All options of such a machine are those of ``octavo serve --headless``."""
+    given = {"data_parallel_size": 4, "num_threads": 3}
+    config = make_config(ENGINES | given | {"data_parallel_size_local": local})[0]
+    placement = _placement(config, b"secret")
+    assert (placement.nnodes, placement.num_cpus) == (1 + len(machines), 3 * max(1, 1 if local is None else local))
+    assert [launch.title for launch in placement.agents] == [f"the machine of engine {first}" for first, _ in machines]
+    theirs = {"data_parallel_address": "10.0.0.1", "cluster_key": "/key"}
+    for launch, (first, count) in zip(placement.agents, machines, strict=True):
+        own = msgspec.msgpack.decode(launch.config, type=ServerConfig)
+        found = of_machine(own, launch.node_rank, "10.0.0.1", "/key")
+        place = {"headless": True, "data_parallel_start_rank": first, "data_parallel_size_local": count}
+        assert found == make_config(given | theirs | place)[0]
+    server = {"data_parallel_size_local": 1 if local is None else local}
+    assert of_machine(config, None, "10.0.0.1", "/key") == make_config(given | theirs | server)[0]
 
 
 def test_there_is_a_machine_for_each_stage() -> None:
@@ -79,7 +127,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         del sys.modules[name]
     monkeypatch.syspath_prepend(str(STAND_INS))
     importlib.invalidate_caches()
-    yield load_ray()
+    yield load_ray(OPTION)
     for name in [name for name in sys.modules if name.split(".")[0] == "ray"]:
         del sys.modules[name]
     sys.modules.update(before)
@@ -116,8 +164,11 @@ def agents(monkeypatch: pytest.MonkeyPatch) -> Iterator[Agents]:
     result.endings = dict.fromkeys(range(100), 0)  # threads end
 
 
-AGENTS = tuple(AgentLaunch(config=b"", node_rank=rank, master_addr="", folder="/", secret=b"secret") for rank in (1, 2))
-PLACEMENT = RayPlacement(address="", nnodes=3, num_cpus=4, agents=AGENTS)
+AGENTS = tuple(
+    AgentLaunch(config=b"", node_rank=rank, master_addr="", title=f"machine {rank}", folder="/", secret=b"secret")
+    for rank in (1, 2)
+)
+PLACEMENT = RayPlacement(option=OPTION, address="", nnodes=3, num_cpus=4, agents=AGENTS)
 
 
 def until(keeper: AgentKeeper, condition: Callable[[], bool]) -> None:
@@ -213,8 +264,11 @@ def test_no_cluster(ray: Any) -> None:
 
 def test_ray_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ModelError, match=r"Ray is not installed; pip install 'octavo\[ray\]' on all machines"):
-        load_ray()
+    with pytest.raises(
+        ModelError,
+        match=r"^--data-parallel-backend ray: Ray is not installed; pip install 'octavo\[ray\]' on all machines",
+    ):
+        load_ray("--data-parallel-backend ray")
 
 
 @pytest.mark.parametrize(
@@ -257,7 +311,7 @@ def test_what_an_agent_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(RAY | {"api_key": ["a"], "admin_api_key": ["b"], "num_threads": 8, "ray_address": "h:1"})[0]
     with with_machines(config) as own:
         secret = read_key_file(own.engine.executor.parallel.cluster_key)
-        assert own == of_machine(config, 0, "10.0.0.1", own.engine.executor.parallel.cluster_key)
+        assert own == of_machine(config, None, "10.0.0.1", own.engine.executor.parallel.cluster_key)
     (placement,) = placements
     assert (placement.address, placement.nnodes, placement.num_cpus) == ("h:1", 3, 8)
     assert [(each.node_rank, each.secret, each.master_addr) for each in placement.agents] == [

@@ -42,6 +42,12 @@ HEAD = {
     "data_parallel_address": "10.0.0.1",
     "cluster_key": "key",
 }
+HYBRID = {
+    "data_parallel_size": 4,
+    "data_parallel_size_local": 2,
+    "data_parallel_start_rank": 2,
+    "data_parallel_hybrid_lb": True,
+}
 OTHER = HEAD | {"headless": True, "data_parallel_size_local": 2, "data_parallel_start_rank": 1}
 
 
@@ -60,6 +66,11 @@ OTHER = HEAD | {"headless": True, "data_parallel_size_local": 2, "data_parallel_
         (OTHER | {"data_parallel_start_rank": 3}, "engines are numbered from 0 to 3"),
         (OTHER | {"data_parallel_size_local": 0}, "engines are numbered from 0 to 3"),
         (OTHER | {"data_parallel_address": ""}, "engines on other machines need --data-parallel-address"),
+        (HYBRID | {"data_parallel_start_rank": 3}, "engines are numbered from 0 to 3"),
+        (HYBRID | {"data_parallel_size_local": None}, "--data-parallel-hybrid-lb needs --data-parallel-size-local"),
+        (HYBRID | {"data_parallel_size_local": 0}, "--data-parallel-hybrid-lb needs --data-parallel-size-local"),
+        (HYBRID | {"headless": True}, "--data-parallel-hybrid-lb: each machine serves its own engines; omit --headles"),
+        (HYBRID | {"data_parallel_rank": 1}, "each machine serves its own engines; omit --data-parallel-rank 1"),
         ({"headless": True}, "--headless needs --data-parallel-size, of which this machine runs some, or --nnodes"),
         (
             {

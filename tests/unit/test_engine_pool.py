@@ -157,6 +157,36 @@ async def test_a_server_of_one_engine_has_its_rank(
     await client.close()
 
 
+async def test_some_of_the_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server of its machine's engines alone, behind a balancer: their numbers are those among all."""
+    FakeSupervisor.folder = tmp_path
+    monkeypatch.setattr(engine_client, "Supervisor", FakeSupervisor)
+    options = {"data_parallel_size": 6, "data_parallel_hybrid_lb": True, "data_parallel_start_rank": 3}
+    config = make_config(options | {"data_parallel_size_local": 2})[0]
+    metrics = EngineMetrics("model", engine=config.first_replica)
+    pool = create_engines(config, None, metrics)
+    assert isinstance(pool, EnginePool) and len(pool.clients) == 2
+    assert [each.engine for each in metrics.engines] == [3, 4]
+    assert [client.rank for client in pool.clients] == [0, 1]
+    start = asyncio.create_task(pool.start())
+    supervisors = [FakeSupervisor.replicas[rank] for rank in (0, 1)]
+    await until(lambda: all(supervisor.cores for supervisor in supervisors))
+    for supervisor in supervisors:
+        assert (supervisor.config.num_replicas, supervisor.replica) == (2, supervisors.index(supervisor))
+        supervisor.core.ready()
+    await start
+    submission = Submission(params=ResolvedParams(), options=OutputOptions(), data_parallel_rank=4)
+    fields: dict[str, Any] = {"request_id": "a", "prompt_token_ids": [1]}
+    assert pool.submit(pool.open_channel(), 0, submission, **fields).engine == 1
+    wrong = msgspec.structs.replace(submission, data_parallel_rank=1)
+    with pytest.raises(RequestError, match="no data parallel rank 1; this server has ranks 3 to 4"):
+        pool.submit(pool.open_channel(), 0, wrong, **fields)
+    await pool.close()
+    alone = create_engines(make_config(options | {"data_parallel_size_local": 1})[0], None, metrics)
+    assert isinstance(alone, EngineClient) and alone.rank == 3 and FakeSupervisor.current.replica == 0
+    await alone.close()
+
+
 async def test_requests_spread_and_prefixes_stay_together(harness: Harness) -> None:
     first, second = harness.submit(0), harness.submit(100)
     assert (first.engine, second.engine) == (0, 1)

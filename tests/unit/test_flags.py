@@ -116,7 +116,7 @@ def test_help_has_groups_and_hides_what_does_not_work() -> None:
         (["--kv-cache-dtype", "fp6"], "--kv-cache-dtype fp6: unknown data type; choose from auto, int8, fp8, fp8_e4m3"),
         (["--calculate-kv-scales"], "--calculate-kv-scales: int8 has a scale per token and head, fp8 none"),
         (["--api-server-count", "2"], "--api-server-count 2"),
-        (["--data-parallel-hybrid-lb"], "--data-parallel-hybrid-lb: one API process serves all engines"),
+        (["--data-parallel-hybrid-lb"], "--data-parallel-hybrid-lb needs --data-parallel-size-local"),
         (["-dp", "2", "--data-parallel-rank", "2"], "--data-parallel-rank 2: must be less than --data-parallel-size"),
         (["-dp=2", "--data-parallel-size-local=1"], "engines on other machines need --data-parallel-address"),
         (["--data-parallel-size-local", "2"], "--data-parallel-size-local 2: must not exceed --data-parallel-size"),

@@ -10,7 +10,7 @@ import pytest
 
 from api.cli import resolve
 from api.config import PoolerConfig
-from api.model.files import find_model
+from api.model.files import find_model, with_model
 from api.model.gguf_file import GGUFFile
 from api.model.pooler import ModelPooler, SentenceConfig, find_pooler, merge_pooler
 from tests import tiny
@@ -39,6 +39,11 @@ def write(folder: Path, files: dict[str, Any]) -> Path:
         (("Transformer", "Pooling"), {CLS: True, "include_prompt": True}, ("CLS", False)),
         (("Transformer", "Pooling", "Normalize"), {"word_embedding_dimension": 8, LAST: True}, ("LAST", True)),
         (("Transformer", "Pooling"), {"pooling_mode": "mean"}, ("MEAN", False)),
+        (("Transformer", "Pooling"), {"pooling_mode": ["mean", "cls"]}, ("MEAN+CLS", False)),
+        (("Transformer", "Pooling"), {LAST: True, "pooling_mode_max_tokens": True, MEAN: False}, ("MAX+LAST", False)),
+        (("Transformer", "Pooling"), {"pooling_mode_mean_sqrt_len_tokens": True}, ("MEAN_SQRT_LEN", False)),
+        (("Transformer", "Pooling"), {"pooling_mode_weightedmean_tokens": True}, ("WEIGHTED_MEAN", False)),
+        (("Transformer", "Pooling"), {MEAN: False}, ("MEAN", False)),
         (("Transformer",), {}, (None, None)),
     ],
 )
@@ -57,8 +62,9 @@ WHOLE = modules("Transformer", "Pooling", "Normalize")
     [
         ({"modules.json": modules("Transformer", "Pooling", "Dense", "Normalize")}, "Dense"),
         ({"modules.json": modules("CLIPModel")}, "CLIPModel"),
-        ({"modules.json": WHOLE, "1_Pooling/config.json": {MEAN: True, CLS: True}}, CLS),
-        ({"modules.json": WHOLE, "1_Pooling/config.json": {"pooling_mode_max_tokens": True}}, "max_tokens"),
+        ({"modules.json": WHOLE, "1_Pooling/config.json": {"pooling_mode_min_tokens": True}}, "min_tokens"),
+        ({"modules.json": WHOLE, "1_Pooling/config.json": {"pooling_mode": ["mean", {}]}}, "{}"),
+        ({"modules.json": WHOLE, "1_Pooling/config.json": {"pooling_mode": 1}}, "asks for 1"),
         ({"modules.json": WHOLE}, "1_Pooling/config.json"),
         ({"modules.json": [{**WHOLE[0]}, {**WHOLE[1], "path": "../1_Pooling"}]}, "modules.json"),
         ({"modules.json": "[{"}, "modules.json"),
@@ -91,7 +97,7 @@ def test_what_sentence_transformers_files_say(tmp_path: Path) -> None:
             "default_prompt_name": "query",
             "activation_fn": "torch.nn.modules.linear.Identity",
         },
-        "sentence_bert_config.json": {"max_seq_length": 256, "do_lower_case": False},
+        "sentence_bert_config.json": {"max_seq_length": 256, "do_lower_case": True},
     }
     found = find_pooler(write(tmp_path, files), None)
     assert not found.notes and found.config == PoolerConfig(pooling_type="MEAN", use_activation=True)
@@ -101,8 +107,21 @@ def test_what_sentence_transformers_files_say(tmp_path: Path) -> None:
         default_prompt="query",
         pools_prompts=False,
         max_length=256,
+        lowers=True,
         activation="torch.nn.modules.linear.Identity",
     )
+
+
+def test_a_decoder_that_is_an_encoder(tmp_path: Path) -> None:
+    folder = tiny.copy_of(tiny.checkpoint("llama"), tmp_path / "model")
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"is_causal": False}))
+    settings = resolve({"model": str(folder)}, {})[0]
+    files = find_model(settings)
+    assert not files.generates
+    found = with_model(settings, files)
+    assert found.runner == "pooling"
+    assert found.engine.executor.model.hf_overrides == {"architectures": ["LlamaModel"]}
 
 
 @pytest.mark.parametrize(("number", "pooling_type", "is_told"), [(1, "MEAN", False), (0, None, False), (4, None, True)])

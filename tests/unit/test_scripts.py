@@ -504,9 +504,16 @@ def test_routing_by_prefixes_doubles_hits_and_shortens_waits() -> None:
     by_prefix, in_turn, by_load = (found[name] for name in simulated_replicas.ROUTINGS)
     assert by_prefix["prefix_cache_hit_rate"] >= 2 * in_turn["prefix_cache_hit_rate"]
     assert by_prefix["ttft_ms"]["p90"] <= 0.8 * by_load["ttft_ms"]["p90"]
-    assert all(sum(row["requests_per_engine"]) == row["requests"] == 300 for row in found.values())
+    rows = (by_prefix, in_turn, by_load)
+    assert all(sum(row["requests_per_engine"]) == row["requests"] == 300 for row in rows)
+    one_cache, no_limit = (found[name]["prefix_cache_hit_rate"] for name in ("one cache", "no limit"))
+    assert by_prefix["prefix_cache_hit_rate"] <= one_cache <= no_limit
+    shared = [min(128, request.num_prompt_tokens - 1) // 16 * 16 for request in workload]
+    most = sum(sorted(shared)[48:]) / sum(request.num_prompt_tokens for request in workload)
+    assert 0.9 * most < no_limit < 1.1 * most, "each prefix but its first occurrence"
     assert max(in_turn["requests_per_engine"]) == 75
-    assert "round_robin" in simulated_replicas.format_comparison(found)
+    table = simulated_replicas.format_comparison(found)
+    assert "round_robin" in table and table.splitlines()[-1].split() == ["no", "limit", f"{no_limit:.1%}"]
     apart = simulated_replicas.compare(simulated_engine(200), workload[:40], simulate.PromptMaker(vocab_size=1000), 2)
     assert min(apart["prefix"]["requests_per_engine"]) >= 15  # without common prefixes only load counts
 
