@@ -60,6 +60,9 @@ ENVIRONMENT = {
         "Folder for compiled kernels, converted weights and those beyond memory. Default: `octavo` in the cache folder."
     ),
     "OCTAVO_CPU_CAPABILITY": Variable("Kernels to use: amx, avx512bf16, avx512, avxvnni, avx2, portable or reference."),
+    "CUDA_VISIBLE_DEVICES": Variable("GPUs that workers may use, the first one first."),
+    "HIP_VISIBLE_DEVICES": Variable("The same of AMD."),
+    "NCCL_SOCKET_IFNAME": Variable("Interface on which workers on GPUs find each other. Default: lo."),
     "CXX": Variable("C++ compiler for the kernels. Default: g++, c++ or clang++."),
     "XDG_CACHE_HOME": Variable("Cache folder. Default: `~/.cache`."),
     "XDG_STATE_HOME": Variable("Folder for the history of `octavo chat`. Default: `~/.local/state`."),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
@@ -80,25 +79,14 @@ def fit(config: EngineConfig, surveys: tuple[ModelSurvey, ...]) -> ServingPlan:
         config: Configuration of each engine.
         surveys: Of the workers of one engine, as if it were alone.
     """
-    of_machines = Counter[int]()
-    for each in surveys:
-        of_machines[each.ready.node_rank] += each.ready.weight_bytes
-    of_one = max(of_machines.values())
-    of_others = (config.num_replicas - 1) * of_one
-    free = surveys[0].free_bytes
-    if free < of_one + of_others:
-        several = " of one machine" if len(of_machines) > 1 else ""
-        several = f" of {config.num_replicas} engines" if of_others else several
-        problem = (
-            f"the weights{several} take {format_bytes(of_one + of_others)}, and {format_bytes(free)} are free; "
-            "the rest would be read from the disk in each step"
-        )
-        return ServingPlan(surveys, problem=problem)
     ready = []
     for each in surveys:
-        left = each.ready.free_bytes + each.ready.weight_bytes - of_machines[each.ready.node_rank] - of_others
-        default = min(each.ready.default_kv_bytes, max(0, left) // 4)
-        ready.append(msgspec.structs.replace(each.ready, free_bytes=max(0, left), default_kv_bytes=default))
+        own, others = _neighbours(each, surveys, config.num_replicas)
+        if each.free_bytes < own + others:
+            return ServingPlan(surveys, problem=_lack_of_memory(each, surveys, own + others, config.num_replicas))
+        left = max(0, each.ready.free_bytes + each.ready.weight_bytes - own - others)
+        default = min(each.ready.default_kv_bytes, left if _has_own_memory(each) else left // 4)
+        ready.append(msgspec.structs.replace(each.ready, free_bytes=left, default_kv_bytes=default))
     if not ready[0].kv_cache_groups:
         return ServingPlan(surveys, max_model_len=min(each.max_model_len for each in ready))
     planned = plan_kv_cache(ready, config)
@@ -116,6 +104,28 @@ def fit(config: EngineConfig, surveys: tuple[ModelSurvey, ...]) -> ServingPlan:
         kv_bytes_per_token=sum(spec.bytes_per_block / spec.block_size for specs in ranks for spec in specs),
         max_model_len=max_model_len,
     )
+
+
+def _has_own_memory(survey: ModelSurvey) -> bool:
+    """Whether nobody else uses the memory of a worker's device."""
+    return survey.ready.device != "cpu"
+
+
+def _neighbours(survey: ModelSurvey, surveys: tuple[ModelSurvey, ...], num_replicas: int) -> tuple[int, int]:
+    """Bytes of weights in a worker's memory: of its own engine, and of others."""
+    if _has_own_memory(survey):
+        return survey.ready.weight_bytes, 0
+    own = sum(each.ready.weight_bytes for each in surveys if each.ready.node_rank == survey.ready.node_rank)
+    return own, (num_replicas - 1) * own
+
+
+def _lack_of_memory(survey: ModelSurvey, surveys: tuple[ModelSurvey, ...], num_bytes: int, num_replicas: int) -> str:
+    take, free = format_bytes(num_bytes), format_bytes(survey.free_bytes)
+    if _has_own_memory(survey):
+        return f"the weights of worker {survey.ready.rank} take {take}, and {free} are free on its device"
+    several = " of one machine" if len({each.ready.node_rank for each in surveys}) > 1 else ""
+    several = f" of {num_replicas} engines" if num_replicas > 1 else several
+    return f"the weights{several} take {take}, and {free} are free; the rest would be read from the disk in each step"
 
 
 def _changes(config: EngineConfig) -> Iterator[tuple[str, EngineConfig]]:

@@ -98,6 +98,11 @@ class ForwardSetup:
     max_num_seqs: int
     max_tokens: int
     max_samples: int
+    hidden: Tensor | None = None
+    """[max_tokens, hidden_size]: where the hidden states of the previous pipeline stage come to; None: elsewhere, or
+    there is none."""
+    samples: bool = True
+    """Whether a step's tokens are sampled here, and not by a later pipeline stage."""
 
     @property
     def has_adapters(self) -> bool:

@@ -9,11 +9,15 @@ Eager mode calls the same ops one by one and gives the same bits.
 from __future__ import annotations
 
 from typing import Any
+from zlib import crc32
 
 import torch
 
 import ops
 from ops.dispatch import SLICE, Node, Op, ProgramRunner, Ref, Spec, StepInput, Value
+
+COLLECTIVES = {"all_gather", "all_reduce", "select_rows"}
+"""Ops in which ranks meet."""
 
 
 class Program:
@@ -81,6 +85,15 @@ class Program:
             self._dead.append(tuple(used - seen))
             seen |= used
         self._dead.reverse()
+
+    def meetings(self) -> int:
+        """A number that is the same for all ranks that communicate alike."""
+        met = [
+            (node.name, [(out.spec.rows, out.spec.width, str(out.dtype)) for out in node.outs])
+            for node in self.nodes
+            if node.name in COLLECTIVES
+        ]
+        return crc32(repr(met).encode())
 
     @property
     def runner(self) -> ProgramRunner | None:

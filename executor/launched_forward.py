@@ -46,6 +46,8 @@ def rehearse(setup: ForwardSetup, num_tokens: int, num_rows: int, num_samples: i
         batch.hidden = torch.empty(num_tokens, spec.width, dtype=spec.dtype, device=NOWHERE)
     if setup.model.num_token_types:
         batch.token_types = column(num_tokens)
+    if setup.hidden is not None:
+        batch.hidden = torch.empty_like(setup.hidden[:num_tokens], device=NOWHERE)
     if setup.has_adapters:
         batch.row_adapters, batch.sample_adapters = (
             AdapterRows(*(column(count) for _ in range(4))) for count in (num_tokens, num_samples)

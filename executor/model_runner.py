@@ -285,6 +285,8 @@ class ModelRunner:
             max_num_seqs=self.step_size.max_num_seqs,
             max_tokens=self.max_tokens,
             max_samples=self.max_samples,
+            hidden=self.stage.memory,
+            samples=self.stage.is_last,
         )
 
     def _new_forward(self) -> Forward:
@@ -322,6 +324,8 @@ class ModelRunner:
         has_types = self.model.num_token_types > 0
         batch = InputBatch.symbolic(program, len(self.groups), has_token_types=has_types, hidden=self.stage.hidden)
         program.finish(*run_model(self.model, batch))
+        if self.communicator is not None:
+            self.communicator.agree(program.meetings(), "what they exchange in a step")
         return program
 
     def execute(self, plan: SchedulerOutput, mask: GrammarMask | None = None) -> ModelRunnerOutput:
@@ -354,7 +358,7 @@ class ModelRunner:
         batch.hidden = self.stage.begin(plan.step_id, rows.num_tokens)
         hidden, logits, *aux = self._run(batch, slots, counts)
         self.stage.pass_on(hidden)
-        if logits.dtype != torch.float32:
+        if logits.dtype != torch.float32 and self.stage.is_last:
             logits = logits.float()  # of models that do not generate, they are no logits, and none
         prompt_logprobs = self.prompt_logprobs(hidden, batch, slots, counts)
         pooled = self.pooler.pool(hidden, slots, counts, states)
@@ -415,7 +419,8 @@ class ModelRunner:
         token_mask = None if mask is None else _token_mask(step, mask)
         sampled = self.sampler.sample(step.logits, step.rows, self.states, token_mask)
         sampled = self.stage.announce(sampled, step.rows)
-        self.forward.store(step.rows, sampled.token_ids)
+        if self.stage.is_last:
+            self.forward.store(step.rows, sampled.token_ids)
         results = Together((sampled.output, step.prompt_logprobs, step.pooled))
         pending = self.channel.download(results.tensors)
         step.launch_ms += (time.perf_counter() - begin) * 1e3

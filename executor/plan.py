@@ -67,18 +67,16 @@ def survey(config: ExecutorConfig, parallel: ParallelState, *, measures: bool = 
     Args:
         config: Configuration of the workers.
         parallel: The rank.
-        measures: Measure what this machine can do, which takes half a second.
+        measures: Measure what this machine can do, which takes half a second. Only of CPUs.
 
     Raises:
         ModelError: The model cannot be served as configured.
     """
     torch.set_grad_enabled(False)
     device = create_device(config.device.device)
-    if device.name != "cpu":
-        raise ModelError(f"--device {device.name}: only CPUs can be planned for; use --device cpu")
-    device.initialize(config.device, parallel.rank)
+    device.initialize(config.device, parallel.local_rank)
     before = device.memory()
-    communicator = _Alone(parallel) if parallel.tp_size > 1 else None
+    communicator = _Alone(parallel, cuts_sums=not device.shares_memory) if parallel.tp_size > 1 else None
     model, context, checkpoint = prepare_model(
         config.model,
         parallel,
@@ -105,16 +103,17 @@ def survey(config: ExecutorConfig, parallel: ParallelState, *, measures: bool = 
         of_adapters = LoadedAdapters(loaded, config.lora).num_bytes(runner.max_tokens)
         ready = msgspec.structs.replace(ready, step_bytes=ready.step_bytes + of_adapters)
     found = _count_bytes(ready, before.free_bytes, model, weights, has_logits=runner.stage.is_last)
-    return time_steps(measure_bandwidth(found), runner) if measures else found
+    return time_steps(measure_bandwidth(found), runner) if measures and device.shares_memory else found
 
 
 class _Alone:
     """A rank whose steps are timed without the others: of their columns and rows, it has zeros."""
 
-    cuts_sums = False
+    shares_rows = False
 
-    def __init__(self, parallel: ParallelState) -> None:
+    def __init__(self, parallel: ParallelState, *, cuts_sums: bool) -> None:
         self.rank, self.size = parallel.tp_rank, parallel.tp_size
+        self.cuts_sums = cuts_sums
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
@@ -132,6 +131,15 @@ class _Alone:
     def wait(self) -> None:
         pass
 
+    def agree(self, number: int, what: str) -> None:
+        pass
+
+    def exchange(self, x: Tensor, out: Tensor) -> None:
+        pass
+
+    def swap(self, x: Tensor, out: Tensor) -> None:
+        pass
+
 
 def _runner(
     config: ExecutorConfig,
@@ -140,7 +148,12 @@ def _runner(
     parallel: ParallelState,
     communicator: Communicator | None,
 ) -> ModelRunner:
-    model = loaded.model
+    model, hidden = loaded.model, Spec("tokens", loaded.hf_config.hidden_size, loaded.dtype)
+    memory = None
+    if parallel.pp_rank and not device.shares_memory:
+        num_tokens = config.step_size.max_num_batched_tokens or device.max_num_batched_tokens
+        num_bytes = num_tokens * hidden.width * hidden.dtype.itemsize
+        memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device.torch_device)
     return ModelRunner(
         loaded,
         device,
@@ -152,13 +165,14 @@ def _runner(
         forced_outputs="",
         rank=parallel.rank,
         communicator=communicator,
-        stage=Stage(parallel, Spec("tokens", loaded.hf_config.hidden_size, loaded.dtype)),
+        stage=Stage(parallel, hidden, memory=memory),
     )
 
 
 def _report(runner: ModelRunner, loaded: LoadedModel, device: Device, before: Memory, node_rank: int) -> WorkerReady:
     """What a worker with the model would report. ``before`` is the memory without its weights."""
-    free_bytes = max(0, before.free_bytes - loaded.weight_bytes)
+    of_stage = 0 if runner.stage.memory is None else runner.stage.memory.nbytes
+    free_bytes = max(0, before.free_bytes - loaded.weight_bytes - of_stage)
     is_whole = runner.stage.is_first and runner.stage.is_last
     ready = worker_ready(
         runner,
@@ -167,7 +181,7 @@ def _report(runner: ModelRunner, loaded: LoadedModel, device: Device, before: Me
         Memory(before.total_bytes, free_bytes),
         runner.step_memory(),
         min(device.default_kv_bytes(), free_bytes // 4),
-        shares_memory=runner.communicator is not None or not is_whole,
+        shares_memory=device.shares_memory and (runner.communicator is not None or not is_whole),
     )
     return msgspec.structs.replace(ready, node_rank=node_rank)
 
@@ -363,7 +377,7 @@ def survey_ranks(config: ExecutorConfig, *, measures: bool) -> list[ModelSurvey]
     """
     ranks = places(config.parallel)
     surveys = [survey(config, rank, measures=measures and len(ranks) == 1) for rank in ranks]
-    if not measures or len(ranks) == 1:
+    if not measures or len(ranks) == 1 or not surveys[0].ready.shares_memory:
         return surveys
     alone = survey(msgspec.structs.replace(config, parallel=ParallelConfig()), ParallelState())
     names = ("num_threads", "capability", "bytes_per_s", "decode_seconds", "prefill_seconds", "prefill_tokens")

@@ -6,7 +6,8 @@ for all but the last stage, the results of a step come late, as from a device (`
 
 What connects stages are links, each with a ``StageTarget`` at one end and a ``StageSource`` at the other. On one
 machine that is a ring of messages in memory that its ends map (``SharedRing``), between machines a socket
-(``nodes/links.py``); nothing else here knows how messages travel.
+(``nodes/links.py``); nothing else here knows how messages travel. Devices with memory of their own move hidden states
+themselves (``StageTransfer``), and a ring tells when.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from torch import Tensor
 
 from executor.base import ModelError
 from executor.deferred import Array, Deferred
+from executor.device.base import StageTransfer
 from executor.device.steps import Graphs, Pending, RecentTokens, StepChannel
 from executor.messages import I64, ResolvedParams, SchedulerOutput, i32
 from executor.parallel import STAGES, ParallelState, hidden_event, tokens_event
 from executor.request_states import RequestStates
-from executor.sampling.base import Sampled, SampleRows, TokenMask
-from executor.sampling.sampler import Sampler, from_ids, with_ids
+from executor.sampling.base import Sampled, SamplerOutput, SampleRows, TokenMask
+from executor.sampling.sampler import Sampler, from_ids, ids_of
 from ops import Communicator, SingleRank
 from ops.dispatch import Spec
 
@@ -64,6 +66,56 @@ class StageSource(Protocol):
 
     def fileno(self) -> int:
         """Readable while messages have come that ``num_arrived`` has not counted."""
+
+
+class DeviceTarget:
+    """Takes hidden states of a device."""
+
+    def __init__(self, transfer: StageTransfer, rank: int, notices: StageTarget | None) -> None:
+        """
+        Args:
+            transfer: Moves them.
+            rank: Where to.
+            notices: Tells all ranks of that stage how many bytes come; None: another rank does.
+        """
+        self._transfer = transfer
+        self._rank = rank
+        self._notices = notices
+
+    def send(self, step_id: int, tensor: Tensor) -> None:
+        if self._notices is not None:
+            self._notices.send(step_id, torch.tensor([tensor.nbytes]))
+        self._transfer.send(tensor, self._rank)
+
+
+class DeviceSource:
+    """Brings hidden states to a device, always to the same place."""
+
+    def __init__(self, transfer: StageTransfer, rank: int, notices: StageSource, memory: Tensor) -> None:
+        """
+        Args:
+            transfer: Moves them.
+            rank: Where they come from.
+            notices: Tells when that stage has launched a step: nothing is launched here before, so nothing waits for
+                what may never come.
+            memory: uint8 [bytes of the most tokens], on the device.
+        """
+        self._transfer = transfer
+        self._rank = rank
+        self._notices = notices
+        self._memory = memory
+
+    def num_arrived(self) -> int:
+        return self._notices.num_arrived()
+
+    def take(self, step_id: int) -> Tensor:
+        (num_bytes,) = self._notices.take(step_id).view(torch.int64).tolist()
+        received = self._memory[:num_bytes]
+        self._transfer.receive(received, self._rank)
+        return received
+
+    def fileno(self) -> int:
+        return self._notices.fileno()
 
 
 class SharedRing:
@@ -151,6 +203,7 @@ class Stage:
         tokens: StageSource | None = None,
         audience: StageTarget | None = None,
         communicator: Communicator | None = None,
+        memory: Tensor | None = None,
     ) -> None:
         """
         Args:
@@ -162,15 +215,20 @@ class Stage:
             tokens: Of ranks of earlier stages, brings the sampled tokens.
             audience: Of the output rank, takes them.
             communicator: Connects the ranks of this stage; None: there is one.
+            memory: uint8, on the device: where the source brings hidden states; None: anywhere in the host's.
         """
         self._communicator = communicator or SingleRank()
         self.is_first = parallel.pp_rank == 0
         self.is_last = parallel.pp_rank == parallel.pp_size - 1
         self.hidden = None if self.is_first else hidden
         """Of this stage's input."""
+        self.memory = None if memory is None else memory.view(hidden.dtype).view(-1, hidden.width)
+        """[tokens, hidden_size], on the device: where this stage's input always is; None: each step's is elsewhere."""
         self._source, self._target, self._tokens, self._audience = source, target, tokens, audience
         self._num_inputs = 0
         """Hidden states taken so far."""
+        self._num_steps = 0
+        """Steps begun so far."""
         self._step_id = 0
 
     @property
@@ -210,6 +268,7 @@ class Stage:
             The hidden states of its tokens, [num_tokens, hidden_size]; None on the first stage.
         """
         self._step_id = step_id
+        self._num_steps += 1
         if self.hidden is None:
             return None
         if self._source is None:
@@ -221,26 +280,33 @@ class Stage:
         """What ``begin`` returns in a dry run."""
         if self.hidden is None:
             return None
+        if self.memory is not None:
+            return self.memory[:num_tokens]
         return torch.zeros((num_tokens, self.hidden.width), dtype=self.hidden.dtype)
 
     def pass_on(self, hidden: Tensor) -> None:
         """Sends the hidden states of the step's tokens to the next stage."""
         if self._target is not None:
             self._target.send(self._step_id, hidden)
-        if not self.is_last:  # the ranks of a stage share these rows, which the next step overwrites
+        if not self.is_last and self._communicator.shares_rows:  # which the next step overwrites
             self._communicator.wait()
 
     def announce(self, sampled: Sampled, rows: SampleRows) -> Sampled:
-        """Tells the other stages which tokens the output rank has sampled."""
+        """Tells the other stages which tokens the output rank has sampled, once it knows."""
         if self._audience is None:
             return sampled
-        sampled, ids = with_ids(sampled, rows)
-        self._audience.send(self._step_id, ids)
-        return sampled
+        step_id, audience = self._step_id, self._audience
+
+        def make(arrays: Sequence[Array]) -> SamplerOutput:
+            output = sampled.output.make(arrays)
+            audience.send(step_id, ids_of(output, rows))
+            return output
+
+        return Sampled(sampled.token_ids, Deferred(sampled.output.tensors, make))
 
     def channel(self, channel: StepChannel) -> StepChannel:
         """The channel of the device: of all but the last stage, results come with the tokens."""
-        return channel if self._tokens is None else AwaitedSteps(channel, self._tokens)
+        return channel if self._tokens is None else AwaitedSteps(channel, self._tokens, lambda: self._num_steps)
 
     def sampler(self, sampler: Sampler) -> Sampler:
         """What gives the tokens of a step, of the last stage the sampler."""
@@ -254,21 +320,25 @@ class Stage:
 
 
 class AwaitedSteps:
-    """The channel of a device that shares the host's memory, with results that come with the tokens of the step."""
+    """The channel of a device, with results that come with the tokens of the step."""
 
-    graphs: Graphs | None = None
-
-    def __init__(self, channel: StepChannel, tokens: StageSource) -> None:
+    def __init__(self, channel: StepChannel, tokens: StageSource, count: Callable[[], int]) -> None:
+        """
+        Args:
+            channel: Of the device.
+            tokens: Brings the tokens of each step.
+            count: Returns how many steps have begun. What is downloaded before the first one comes without tokens.
+        """
+        self.graphs: Graphs | None = channel.graphs
         self._channel = channel
         self._tokens = tokens
-        self._num_steps = 0
+        self._count = count
 
     def upload(self, columns: Mapping[str, Array]) -> Mapping[str, Tensor]:
         return self._channel.upload(columns)
 
     def download(self, tensors: Sequence[Tensor]) -> Pending:
-        self._num_steps += 1
-        return _Awaited(self._tokens, self._num_steps)
+        return _Awaited(self._tokens, self._count(), self._channel.download(tensors))
 
     def recent_tokens(self, max_num_seqs: int) -> RecentTokens:
         return self._channel.recent_tokens(max_num_seqs)
@@ -278,17 +348,20 @@ class AwaitedSteps:
 
 
 class _Awaited:
-    device_ms = 0.0
-
-    def __init__(self, tokens: StageSource, number: int) -> None:
+    def __init__(self, tokens: StageSource, number: int, own: Pending) -> None:
         self._tokens = tokens
         self._number = number
+        self._own = own
 
     def is_ready(self) -> bool:
         return self._tokens.num_arrived() >= self._number
 
     def collect(self) -> Sequence[Array]:
-        return ()
+        return self._own.collect()  # done, as the last stage has gone on from it
+
+    @property
+    def device_ms(self) -> float:
+        return self._own.device_ms
 
 
 class AwaitedTokens(Sampler):
@@ -354,6 +427,7 @@ def connect(
     room: StageRoom,
     communicator: Communicator,
     links: FarLinks | None = None,
+    transfer: StageTransfer | None = None,
 ) -> Stage:
     """The stage of a rank.
 
@@ -364,6 +438,7 @@ def connect(
         room: The same for all ranks.
         communicator: Connects the ranks of the stage.
         links: With ranks of other machines; None: there are none.
+        transfer: Moves hidden states from device to device; None: they go through the memory of the host.
 
     Raises:
         ModelError: The ranks share nothing.
@@ -380,7 +455,10 @@ def connect(
     ends = _Ends(memory, descriptors, room.num_steps + 1, size, links)
     of_tokens = parallel.pp_size - 1, 8 * room.max_samples
     first, rank = parallel.rank - parallel.tp_rank, parallel.rank
-    source = target = tokens = audience = None
+    source: StageSource | None = None
+    target: StageTarget | None = None
+    tokens = audience = None
+    room_on_device: Tensor | None = None
     if parallel.pp_rank:
         source = ends.source(hidden_event(rank), parallel.pp_rank - 1, size, parallel.tp_rank)
     if parallel.pp_rank < parallel.pp_size - 1:
@@ -390,9 +468,40 @@ def connect(
             target = ends.target([hidden_event(each) for each in following], parallel.pp_rank, size)
     elif parallel.is_output_rank:
         audience = ends.target([tokens_event(each) for each in range(first)], *of_tokens)
+    if transfer is not None:
+        source, target, room_on_device = _over_devices(parallel, transfer, size, source, target)
     return Stage(
-        parallel, hidden, source=source, target=target, tokens=tokens, audience=audience, communicator=communicator
+        parallel,
+        hidden,
+        source=source,
+        target=target,
+        tokens=tokens,
+        audience=audience,
+        communicator=communicator,
+        memory=room_on_device,
     )
+
+
+def _over_devices(
+    parallel: ParallelState,
+    transfer: StageTransfer,
+    most_bytes: int,
+    source: StageSource | None,
+    target: StageTarget | None,
+) -> tuple[StageSource | None, StageTarget | None, Tensor | None]:
+    """Has a device move hidden states, for which links through the host give notice.
+
+    Returns:
+        Where they come from and go to, and where they lie on the device.
+    """
+    memory = None
+    if source is not None:
+        memory = transfer.memory(most_bytes)
+        source = DeviceSource(transfer, parallel.pp_rank - 1, source, memory)
+    if parallel.pp_rank < parallel.pp_size - 1:
+        target = DeviceTarget(transfer, parallel.pp_rank + 1, target)
+    transfer.check()
+    return source, target, memory
 
 
 class _Ends:

@@ -277,7 +277,7 @@ class StaticForward:
         num_rows, num_tokens = len(slots), int(ends[-1]) if len(slots) else 0
         decodes = num_rows and counts.max() == num_sampled.min() == num_sampled.max() == 1
         # Positions of requests with images are not those of their tokens in a sequence.
-        self._rows_of_last = given if decodes and not states.axes else None
+        self._rows_of_last = given if decodes and not states.axes and self._setup.samples else None
         num_samples = int(num_sampled.sum())
         adapters = states.adapters[slots]
         has_adapters = bool(self._adapter_tables) and bool(adapters.any())
@@ -480,6 +480,7 @@ class StaticForward:
             adapter_rows("row_adapters", views),
             adapter_rows("sample_adapters", views),
             views.get("token_types"),
+            hidden=None if self._setup.hidden is None else self._setup.hidden[: size.tokens],
         )
 
     def _warm_up(self, size: Size) -> None:

@@ -59,12 +59,12 @@ from executor.messages import (
 from executor.model_runner import ModelRunner, PendingOutput, StartedStep
 from executor.multiproc import LISTENER, WorkerLaunch
 from executor.nodes.links import NetworkLinks
-from executor.parallel import RANKS, STAGES, ParallelState, num_sharers, places
+from executor.parallel import RANKS, RENDEZVOUS, STAGES, ParallelState, num_sharers, places
 from executor.process import read_descriptors, read_payload
 from executor.readiness import worker_ready
 from executor.stages import Stage, StageRoom, connect
 from executor.step_sequence import Answers, steps_of
-from ops import Communicator
+from ops import Communicator, PeerLostError
 from ops.dispatch import Spec, UnsupportedOpError
 
 logger = get_logger()
@@ -130,10 +130,8 @@ class Worker:
         torch.set_grad_enabled(False)
         config = self.config
         device = create_device(config.device.device)
-        device.initialize(config.device, self.rank)
-        if self._links is not None:
-            self._links.check()
-        communicator = device.communicator(self.parallel)
+        device.initialize(config.device, self.parallel.local_rank)
+        communicator = self._meet(device)
         loaded = self._load(device, communicator)
         speculative = self._speculative(loaded, device)
         model = loaded.model
@@ -175,12 +173,20 @@ class Worker:
             memory,
             (step_bytes, position_bytes),
             device.default_kv_bytes(),
-            shares_memory=RANKS in self._descriptors or STAGES in self._descriptors,
+            shares_memory=device.shares_memory and (RANKS in self._descriptors or STAGES in self._descriptors),
         )
         digests = Digests(config.kv_cache_dir) if config.kv_cache_dir else state_of
         own = fingerprint(config, self.parallel, device, ready.kv_cache_groups, digests)
         place, kernels = self.parallel.node_rank, kernels_of(device)
         self._send(msgspec.structs.replace(ready, fingerprint=own, node_rank=place, kernels=kernels))
+
+    def _meet(self, device: Device) -> Communicator:
+        """Connects this rank with others."""
+        if self._links is not None:
+            if not device.shares_memory:
+                raise ModelError(f"--nnodes {self.config.parallel.nnodes}: machines share models on CPUs alone; use 1")
+            self._links.check()
+        return device.communicator(self.parallel)
 
     def _connect(self, loaded: LoadedModel, device: Device, communicator: Communicator) -> Stage:
         """Connects this rank with those of other pipeline stages."""
@@ -189,12 +195,15 @@ class Worker:
         max_samples = size.max_num_seqs * (1 + self.config.max_draft_tokens)
         room = StageRoom(size.max_in_flight_steps, max_tokens, max_samples)
         hidden = Spec("tokens", loaded.hf_config.hidden_size, loaded.dtype)
-        return connect(self.parallel, self._descriptors, hidden, room, communicator, self._links)
+        transfer = device.stage_transfer()
+        return connect(self.parallel, self._descriptors, hidden, room, communicator, self._links, transfer)
 
     def _load(self, device: Device, communicator: Communicator) -> LoadedModel:
         """Loads this rank's share of the model."""
         config, memory = self.config, device.memory()
         free_bytes = memory.free_bytes if config.memory_share is None else config.memory_share
+        if device.shares_memory:
+            free_bytes //= num_sharers(config.parallel, self.parallel.node_rank)
         loaded = load_model(
             config.model,
             self.parallel,
@@ -204,7 +213,7 @@ class Worker:
             memory.total_bytes,
             communicator,
             config.lora.max_loaded,
-            free_bytes // num_sharers(config.parallel, self.parallel.node_rank),
+            free_bytes,
         )
         op_set = ops.op_set(device.torch_device.type).name
         check_adapters(config.lora, loaded, config.parallel.world_size, op_set)
@@ -406,6 +415,11 @@ class Worker:
         except ModelError as error:
             self._send(WorkerFailed(rank=self.rank, message=str(error), exit_code=EXIT_MODEL))
             return EXIT_MODEL
+        except PeerLostError as error:  # why it has left, the engine core learns from its process
+            logger.warning("%s; waiting for the engine core to start all again", error)
+            while not isinstance(receive(()), WorkerShutdown):
+                pass
+            return 1
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             self._send(WorkerFailed(rank=self.rank, message=reason, traceback=traceback.format_exc()))
@@ -454,7 +468,9 @@ def run() -> int:
         return WorkerShutdown()  # end of file: the engine core is gone
 
     descriptors = dict(zip(launch.descriptors, read_descriptors(), strict=True))
-    parallel = dataclasses.replace(launch.parallel, memory_fd=descriptors.get(RANKS, -1))
+    parallel = dataclasses.replace(
+        launch.parallel, memory_fd=descriptors.get(RANKS, -1), rendezvous_fd=descriptors.get(RENDEZVOUS, -1)
+    )
     links = None
     if launch.network is not None:
         sockets = {name.removeprefix(LISTENER): fd for name, fd in descriptors.items() if name.startswith(LISTENER)}

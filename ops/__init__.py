@@ -6,7 +6,7 @@ belong here.
 """
 
 from ops.adapters import Adapter, AdapterTable, ExpertAdapters, PackedAdapter, TableAdapter
-from ops.collective import Communicator, NotConnected, SingleRank
+from ops.collective import Communicator, NotConnected, PeerLostError, SingleRank, Transport
 from ops.dispatch import OpSet, op_set, use
 from ops.metadata import (
     INT4_CACHE,
@@ -90,12 +90,14 @@ __all__ = [
     "OpSet",
     "PackedAdapter",
     "PackedWeight",
+    "PeerLostError",
     "QuantizedActivations",
     "QuantizedWeight",
     "Routing",
     "SingleRank",
     "SwiGLUOAI",
     "TableAdapter",
+    "Transport",
     "Weight",
     "act_and_mul",
     "activation",

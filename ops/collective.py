@@ -13,6 +13,10 @@ from typing import Protocol
 from torch import Tensor
 
 
+class PeerLostError(RuntimeError):
+    """Another rank has left."""
+
+
 class Communicator(Protocol):
     """One rank's end of a group whose members call the same operations in the same order."""
 
@@ -22,6 +26,9 @@ class Communicator(Protocol):
     """How layers are divided. True: each rank adds up a share of a product's terms, and the ranks' sums are added
     (``all_reduce``). False: each rank computes a share of the columns, from whole rows of inputs (``all_gather``); no
     result then depends on the number of ranks."""
+    shares_rows: bool
+    """Whether what was gathered lies in memory of all ranks. True: rank 0 samples, which changes logits, and the others
+    get its tokens. False: each rank samples on its own, and all get the same tokens from the same numbers."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum of the ranks' tensors, all of one shape. The order of summation depends only on the ranks."""
@@ -54,6 +61,43 @@ class Communicator(Protocol):
     def wait(self) -> None:
         """Returns once all ranks have called it."""
 
+    def agree(self, number: int, what: str) -> None:
+        """Checks that all ranks have the same number.
+
+        Raises:
+            RuntimeError: One has another; the message names ``what``.
+            PeerLostError: One has left.
+        """
+
+
+class Transport(Protocol):
+    """What a ``Communicator`` of ranks with memory of their own offers to kernels."""
+
+    rank: int
+    size: int
+
+    def exchange(self, x: Tensor, out: Tensor) -> None:
+        """Puts the ranks' tensors one after the other, in the order of the device's work.
+
+        Args:
+            x: Of any shape, contiguous, and the same shape and dtype on all ranks.
+            out: Contiguous, with room for those of all ranks.
+
+        Raises:
+            PeerLostError: A rank has left.
+        """
+
+    def swap(self, x: Tensor, out: Tensor) -> None:
+        """Gives each rank its part of this one's tensor, in the order of the device's work.
+
+        Args:
+            x: [ranks, *shape], contiguous, and the same shape and dtype on all ranks.
+            out: Likewise: of each rank, the part for this one.
+
+        Raises:
+            PeerLostError: A rank has left.
+        """
+
 
 class SingleRank:
     """A group of one."""
@@ -61,6 +105,7 @@ class SingleRank:
     rank = 0
     size = 1
     cuts_sums = False
+    shares_rows = False
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
@@ -77,9 +122,14 @@ class SingleRank:
     def wait(self) -> None:
         pass
 
+    def agree(self, number: int, what: str) -> None:
+        pass
+
 
 class NotConnected:
     """A rank of a group without a transport, for a model that is loaded but not run."""
+
+    shares_rows = False
 
     def __init__(self, rank: int, size: int, *, cuts_sums: bool = True) -> None:
         self.rank = rank
@@ -99,6 +149,9 @@ class NotConnected:
         raise self._error()
 
     def wait(self) -> None:
+        raise self._error()
+
+    def agree(self, number: int, what: str) -> None:
         raise self._error()
 
     def _error(self) -> RuntimeError:

@@ -9,6 +9,7 @@ With ``kernels="reference"`` each op is one launch that runs its reference, whic
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 import ops
 from executor.config import DeviceConfig
 from executor.deferred import Array
+from executor.device.group import GroupRank, join_group
 from executor.device.steps import Graphs, Pending, StagingBuffer, StagingPool
+from executor.parallel import ParallelState
 from ops import AttentionMetadata
 from ops.dispatch import Node, Op, OpSet, Spec
 from ops.triton import launch
@@ -321,6 +324,7 @@ class FakeCuda(LateDevice):
         self._opened = ExitStack()
         self._queue: list[Callable[[], object]] = []
         self._has_channel = False
+        self.group: GroupRank | None = None
 
     def initialize(self, config: DeviceConfig, rank: int) -> None:
         self._has_channel = False
@@ -329,6 +333,16 @@ class FakeCuda(LateDevice):
         self._opened.enter_context(launch.redirected(self._launch))
         self._opened.enter_context(mock.patch.object(launch.scratch, "get", self._scratch))
         LateTensor.watcher = self
+
+    def communicator(self, parallel: ParallelState) -> ops.Communicator:
+        if parallel.tp_size * parallel.pp_size == 1:
+            return ops.SingleRank()
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        self.group = join_group(parallel, "gloo", self.torch_device)
+        return self.group
+
+    def stage_transfer(self) -> FakeTransfer | None:  # type: ignore[override]
+        return None if self.group is None else FakeTransfer(self, self.group)
 
     def close(self) -> None:
         """Leaves the process as it was."""
@@ -369,6 +383,28 @@ class FakeCuda(LateDevice):
         plain(tensor).view(torch.uint8).fill_(NOT_A_NUMBER)
         if tensor.dtype == torch.uint8:
             self.channel.arenas.append(tensor)
+
+
+class FakeTransfer:
+    """See ``executor.device.base.StageTransfer``."""
+
+    def __init__(self, device: FakeCuda, group: GroupRank) -> None:
+        self._device = device
+        self._group = group
+
+    def send(self, x: Tensor, stage: int) -> None:
+        assert isinstance(x, LateTensor)
+        self._device.channel.enqueue(lambda: self._group.send(plain(x), stage))
+
+    def receive(self, out: Tensor, stage: int) -> None:
+        assert isinstance(out, LateTensor)
+        self._device.channel.enqueue(lambda: self._group.receive(plain(out), stage))
+
+    def memory(self, num_bytes: int) -> Tensor:
+        return on_device(torch.full((num_bytes,), NOT_A_NUMBER, dtype=torch.uint8))
+
+    def check(self) -> None:
+        self._group.check()
 
 
 class FakeGpu(FakeCuda):

@@ -272,6 +272,7 @@ class LateDevice:
     memory_utilization: float | None = None
     max_num_batched_tokens = 64
     maps_kv = False
+    shares_memory = False
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -287,8 +288,11 @@ class LateDevice:
     def default_kv_bytes(self) -> int:
         return 64 << 20
 
-    def communicator(self, parallel: ParallelState) -> ops.SingleRank:
+    def communicator(self, parallel: ParallelState) -> ops.Communicator:
         return ops.SingleRank()
+
+    def stage_transfer(self) -> None:
+        return None
 
     def steps(self) -> LateSteps:
         self.channel = LateSteps(by_itself=self.by_itself)

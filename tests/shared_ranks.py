@@ -11,8 +11,9 @@ import torch
 
 import ops
 from executor.parallel import ParallelState, create_shared_memory
+from ops import PeerLostError
 from ops.cpu.op_set import CpuOps
-from ops.cpu.ranks import PeerLostError, SharedRank
+from ops.cpu.ranks import SharedRank
 
 T = TypeVar("T")
 

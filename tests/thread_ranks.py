@@ -19,6 +19,8 @@ MEETING_TIMEOUT = 60.0
 class ThreadRank:
     """A rank that runs as a thread and exchanges tensors in memory. Sums are taken in rank order."""
 
+    shares_rows = False
+
     def __init__(self, rank: int, barrier: threading.Barrier, given: list[Any], *, cuts_sums: bool = True) -> None:
         self.rank = rank
         self.cuts_sums = cuts_sums
@@ -67,6 +69,9 @@ class ThreadRank:
 
     def wait(self) -> None:
         self._barrier.wait()
+
+    def agree(self, number: int, what: str) -> None:
+        assert set(self._exchange(number)) == {number}, what
 
 
 def on_ranks(size: int, run: Callable[[ThreadRank], T]) -> list[T]:

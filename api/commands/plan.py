@@ -163,7 +163,8 @@ def report(plan: ServingPlan, name: str, num_replicas: int, num_nodes: int, num_
     ready = survey.ready
     engines = f", {num_replicas} engines with" if num_replicas > 1 else ","
     kernels = survey.capability or "without kernels"
-    yield f"{name}: {ready.architecture}, {ready.dtype}{engines} {survey.num_threads} threads ({kernels})"
+    where = f"{survey.num_threads} threads ({kernels})" if ready.device == "cpu" else f"device {ready.device}"
+    yield f"{name}: {ready.architecture}, {ready.dtype}{engines} {where}"
     for each in plan.surveys:
         kinds = ", ".join(f"{kind} {_size(count)}" for kind, count in each.weights.items() if count)
         rank = f" of rank {each.ready.rank}" if len(plan.surveys) > 1 else ""
@@ -186,6 +187,8 @@ def report(plan: ServingPlan, name: str, num_replicas: int, num_nodes: int, num_
         yield f"  predicted prefill: {speed.prefill():.4g} tokens/s"
         yield f"  measured bandwidth: {survey.bytes_per_s / 1e9:.3g} GB/s with {survey.num_threads} threads"
     yield "fits"
+    if ready.device != "cpu":
+        return
     if count_machines(plan) > 1:
         yield (
             f"advice: {count_machines(plan)} machines where the weights do not fit one; each is counted as one like "

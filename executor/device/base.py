@@ -27,6 +27,22 @@ class Memory:
     free_bytes: int
 
 
+class StageTransfer(Protocol):
+    """Moves hidden states between pipeline stages, in the order of the device's work."""
+
+    def send(self, x: torch.Tensor, stage: int) -> None:
+        """Sends a tensor to the rank of a stage that has this one's place in it."""
+
+    def receive(self, out: torch.Tensor, stage: int) -> None:
+        """Receives as many bytes, contiguous, from such a rank."""
+
+    def memory(self, num_bytes: int) -> torch.Tensor:
+        """uint8 [num_bytes] on the device, zeroed."""
+
+    def check(self) -> None:
+        """Sends a little from each stage to the next one. All ranks call it."""
+
+
 class Device(Protocol):
     """A worker's interface to the hardware it runs on."""
 
@@ -41,13 +57,23 @@ class Device(Protocol):
     """Default of ``--max-num-batched-tokens``."""
     maps_kv: bool
     """Whether a KV cache may lie in memory that the worker maps and that outlives it."""
+    shares_memory: bool
+    """Whether the workers of a machine share the memory that ``memory`` tells of. Otherwise each has its own."""
 
     @classmethod
     def unavailable(cls) -> str | None:
         """The reason why this machine cannot use such a device, or None if it can. Takes no memory on the device."""
 
     def initialize(self, config: DeviceConfig, rank: int) -> None:
-        """Prepares this process: its op set, threads, affinity, streams."""
+        """Prepares this process: its op set, threads, affinity, streams.
+
+        Args:
+            config: Flags.
+            rank: Index among the workers of this machine, each of which has a device of its own if it can.
+
+        Raises:
+            ModelError: There are too few devices, or this one cannot be used.
+        """
 
     def memory(self) -> Memory: ...
 
@@ -58,11 +84,15 @@ class Device(Protocol):
         """A channel to the device; called once per model."""
 
     def communicator(self, parallel: ParallelState) -> Communicator:
-        """Connects the ranks that share a model's layers.
+        """Connects the ranks that share a model's layers. Called once, after ``initialize``.
 
         Raises:
             ModelError: The device does not support that many ranks.
         """
+
+    def stage_transfer(self) -> StageTransfer | None:
+        """Moves hidden states between the ranks that ``communicator`` was told of. None: they go through the memory of
+        the host."""
 
     def allocate_kv(
         self, shape: tuple[int, ...], dtype: torch.dtype, memory: torch.Tensor | None = None

@@ -34,6 +34,7 @@ class CpuDevice:
     memory_utilization: float | None = None
     max_num_batched_tokens = DEFAULT_STEP_TOKENS
     maps_kv = True
+    shares_memory = True
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -67,6 +68,9 @@ class CpuDevice:
         if parallel.memory_fd < 0:
             raise ModelError(f"{flag}: ranks are processes, which --distributed-executor-backend mp starts")
         return SharedRank(kernels, parallel.memory_fd, parallel.tp_rank, parallel.tp_size)
+
+    def stage_transfer(self) -> None:
+        return None
 
     def allocate_kv(
         self, shape: tuple[int, ...], dtype: torch.dtype, memory: torch.Tensor | None = None

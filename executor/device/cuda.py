@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,10 @@ from executor.device.steps import (
 )
 from executor.log import get_logger
 from executor.parallel import ParallelState
-from ops import SingleRank
+from ops import Communicator, SingleRank
+
+if TYPE_CHECKING:
+    from executor.device.group import GroupRank
 
 logger = get_logger()
 
@@ -69,9 +72,11 @@ class CudaDevice:
     memory_utilization: float | None = 0.92
     max_num_batched_tokens = 8192
     maps_kv = False
+    shares_memory = False
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cuda")
+        self._group: GroupRank | None = None
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -90,10 +95,7 @@ class CudaDevice:
     def initialize(self, config: DeviceConfig, rank: int) -> None:
         from ops.triton import configs, launch  # and with it triton
 
-        count, index = torch.cuda.device_count(), config.first_index + rank
-        if config.first_index and index >= count:
-            raise ModelError(f"--data-parallel-size: a replica needs GPU {index}, but this machine has only {count}")
-        index %= count
+        index = own_index(config.first_index, rank)
         torch.cuda.set_device(index)
         self.torch_device = torch.device("cuda", index)
         properties = torch.cuda.get_device_properties(index)
@@ -125,11 +127,25 @@ class CudaDevice:
     def steps(self) -> CudaSteps:
         return CudaSteps(self.torch_device)
 
-    def communicator(self, parallel: ParallelState) -> SingleRank:
-        for flag, size in (("tensor", parallel.tp_size), ("pipeline", parallel.pp_size)):
-            if size > 1:
-                raise ModelError(f"--{flag}-parallel-size {size}: GPUs cannot share a model yet; use 1")
-        return SingleRank()
+    def communicator(self, parallel: ParallelState) -> Communicator:
+        size = parallel.tp_size * parallel.pp_size
+        if size == 1:
+            return SingleRank()
+        flag = f"--tensor-parallel-size {parallel.tp_size}, --pipeline-parallel-size {parallel.pp_size}"
+        if parallel.rendezvous_fd < 0:
+            raise ModelError(f"{flag}: ranks are processes, which --distributed-executor-backend mp starts")
+        if not torch.distributed.is_nccl_available():
+            build = torch.__version__
+            raise ModelError(f"{flag}: torch {build} lacks NCCL (on AMD, RCCL); install another build, or use 1")
+        # All ranks are on this machine: nobody outside it need reach them.
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        from executor.device.group import join_group  # and with it torch.distributed
+
+        self._group = join_group(parallel, "nccl", self.torch_device)
+        return self._group
+
+    def stage_transfer(self) -> GroupRank | None:
+        return self._group
 
     def allocate_kv(self, shape: tuple[int, ...], dtype: torch.dtype, memory: Tensor | None = None) -> Tensor:
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
@@ -145,6 +161,33 @@ class CudaDevice:
         elif len(memory) < num_bytes:
             raise ValueError(f"a KV cache of {num_bytes} bytes does not fit into {len(memory)} bytes of memory")
         return memory[:num_bytes].view(dtype).view(shape)
+
+
+def own_index(first: int, rank: int) -> int:
+    """The GPU of a worker.
+
+    Args:
+        first: Index of the engine's first one; those before belong to other replicas.
+        rank: Index among the engine's workers on this machine.
+
+    Raises:
+        ModelError: There are too few.
+    """
+    count, index = torch.cuda.device_count(), first + rank
+    if index < count:
+        return index
+    chosen = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    if torch.version.hip is not None:
+        chosen["HIP_VISIBLE_DEVICES"] = os.environ.get("HIP_VISIBLE_DEVICES")
+    visible = "".join(f", those of {name}={value}" for name, value in chosen.items() if value)
+    if first:
+        raise ModelError(
+            f"--data-parallel-size: a replica needs GPU {index}, but this machine has only {count}{visible}"
+        )
+    raise ModelError(
+        f"--tensor-parallel-size, --pipeline-parallel-size: worker {rank} needs a GPU of its own, but this machine has "
+        f"only {count}{visible}; use at most {count} in all"
+    )
 
 
 def has_compiler() -> bool:

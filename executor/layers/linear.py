@@ -9,12 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 import ops
 from executor.input_batch import InputBatch
 from executor.layers.context import ModelContext
-from executor.layers.parameter import Part, Range, ShardId, WeightParameter, Weights, single, stored_module
+from executor.layers.parameter import (
+    Part,
+    Range,
+    ShardId,
+    WeightParameter,
+    Weights,
+    ZeroParameter,
+    single,
+    stored_module,
+)
 from executor.parallel import Share, split_columns, split_heads
 from executor.quantization.base import LinearShape
 from ops import AdapterTable
@@ -253,8 +263,6 @@ class RowParallelLinear(LinearLayer):
             prefix: The layer's name in the model.
         """
         communicator = context.communicator
-        if bias and not is_summed and communicator.cuts_sums and communicator.size > 1:
-            raise ValueError(f"{prefix}: ranks cannot share a layer with a bias whose results are summed later")
         inputs = input_shares or split_columns(in_features, communicator.size, prefix)
         self.communicator = communicator
         self.is_summed = is_summed
@@ -268,8 +276,11 @@ class RowParallelLinear(LinearLayer):
             outputs = split_columns(out_features, communicator.size, prefix)
             self.output_widths = tuple(share.size for share in outputs)
             columns, rows = Part.whole(in_features), Part.share(out_features, outputs[communicator.rank])
-        super().__init__(context, columns, {None: rows}, bias=bias and not self.cuts_sums, prefix=prefix)
-        self.shared_bias = SharedBias(context, out_features) if bias and self.cuts_sums else None
+        adds_to_sums = bias and self.cuts_sums and is_summed
+        super().__init__(context, columns, {None: rows}, bias=bias and not adds_to_sums, prefix=prefix)
+        self.shared_bias = SharedBias(context, out_features) if adds_to_sums else None
+        if self.cuts_sums and communicator.rank and self.weights.bias is not None:  # which rank 0 has
+            self.weights.bias = ZeroParameter(torch.zeros_like(self.weights.bias), self.weights.bias.parts)
 
     def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
         """``x`` [num_tokens, this rank's inputs] -> [num_tokens, out_features]."""

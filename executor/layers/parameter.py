@@ -245,6 +245,16 @@ class WeightParameter(nn.Parameter):
             _repeat(pattern, rows.start * width, flat[rows.offset * width : (rows.offset + rows.size) * width])
 
 
+class ZeroParameter(WeightParameter):
+    """Zeros, in the place of a checkpoint's tensor that another rank adds."""
+
+    def load(self, tensor: Tensor, shard_id: ShardId = None) -> None:
+        list(self.shares(tensor, shard_id))  # checks the shape
+
+    def fill_randomly(self, generator: torch.Generator) -> None:
+        pass
+
+
 def _repeat(pattern: Tensor, start: int, target: Tensor) -> None:
     """Fills a target with the part of an endlessly repeated pattern that begins at ``start``."""
     first = pattern[start % len(pattern) :][: len(target)]

@@ -3,6 +3,7 @@
 from executor.parallel.cores import about_ranks, numa_nodes, split_cores, thread_places
 from executor.parallel.memory import (
     RANKS,
+    RENDEZVOUS,
     STAGES,
     SharedByRanks,
     create_shared_memory,
@@ -19,6 +20,7 @@ from executor.parallel.state import (
 
 __all__ = [
     "RANKS",
+    "RENDEZVOUS",
     "STAGES",
     "HeadShare",
     "ParallelState",

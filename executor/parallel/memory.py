@@ -9,8 +9,9 @@ from executor.parallel.state import ParallelState, hidden_event, tokens_event
 
 MOST_BYTES = 1 << 40
 """Size of the memory. Pages exist once they are written."""
-RANKS, STAGES = "ranks", "stages"
-"""Names of the descriptors of memory in which the ranks of a stage meet, and of that between stages."""
+RANKS, STAGES, RENDEZVOUS = "ranks", "stages", "rendezvous"
+"""Names of the descriptors of memory in which the ranks of a stage meet, of that between stages, and of an empty file
+through which ranks with memory of their own find each other."""
 
 
 def create_shared_memory() -> int:
@@ -38,6 +39,7 @@ class SharedByRanks:
         self._ranks = ranks
         self._of_stages: dict[int, int] = {}
         self._between: dict[str, int] = {}
+        self._of_all = {RENDEZVOUS: os.memfd_create("octavo-rendezvous")} if len(ranks) > 1 else {}
         stages = sorted({each.pp_rank for each in ranks})
         if ranks[0].tp_size > 1:
             self._of_stages = {stage: create_shared_memory() for stage in stages}
@@ -52,7 +54,7 @@ class SharedByRanks:
 
     def of(self, own: ParallelState) -> dict[str, int]:
         """The descriptors that a rank gets, by name: it waits for its own events, and causes those of others."""
-        result = {}
+        result = dict(self._of_all)
         if own.pp_rank in self._of_stages:
             result[RANKS] = self._of_stages[own.pp_rank]
         if not self._between:
@@ -66,7 +68,7 @@ class SharedByRanks:
 
     def close(self) -> None:
         """Closes the descriptors: workers have got them."""
-        for descriptor in (*self._of_stages.values(), *self._between.values()):
+        for descriptor in (*self._of_stages.values(), *self._between.values(), *self._of_all.values()):
             os.close(descriptor)
 
 

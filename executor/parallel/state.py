@@ -23,8 +23,12 @@ class ParallelState:
     """Whether this rank reports results. The others only report that a step is done."""
     memory_fd: int = -1
     """Descriptor of memory that the ranks of this machine share (``create_shared_memory``); -1: there is none."""
+    rendezvous_fd: int = -1
+    """Descriptor of an empty file that all ranks of this machine share (``SharedByRanks``); -1: there is none."""
     node_rank: int = 0
     """The machine of the rank, out of ``ParallelConfig.nnodes``."""
+    local_rank: int = 0
+    """Rank among the workers of its machine."""
 
     @property
     def events(self) -> tuple[str, str]:
@@ -52,7 +56,16 @@ def places(config: ParallelConfig) -> list[ParallelState]:
     output_rank = (pp_size - 1) * tp_size
     nodes = [node for node, share in enumerate(split_evenly(pp_size, config.nnodes)) for _ in range(share.size)]
     return [
-        ParallelState(shard, tp_size, stage, pp_size, rank, is_output_rank=rank == output_rank, node_rank=nodes[stage])
+        ParallelState(
+            shard,
+            tp_size,
+            stage,
+            pp_size,
+            rank,
+            is_output_rank=rank == output_rank,
+            node_rank=nodes[stage],
+            local_rank=rank - nodes.index(nodes[stage]) * tp_size,
+        )
         for rank, (stage, shard) in enumerate(cells)
     ]
 

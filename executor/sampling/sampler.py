@@ -42,20 +42,18 @@ def new_backend(op_set: ops.OpSet, max_num_seqs: int, channel: StepChannel | Non
     return backend
 
 
-def with_ids(sampled: Sampled, rows: SampleRows) -> tuple[Sampled, torch.Tensor]:
-    """What was sampled, now known, and what ranks that sample nothing need of it: int64 [rows], the tokens, -1 where
-    there was an error."""
-    output = sampled.output.make([tensor.numpy() for tensor in sampled.output.tensors])
+def ids_of(output: SamplerOutput, rows: SampleRows) -> torch.Tensor:
+    """What ranks that sample nothing need of an output: int64 [rows], the tokens, -1 where there was an error."""
     ids = torch.from_numpy(output.token_ids.copy())
     failed = {(error.row, error.position) for error in output.row_errors}
     for index in range(len(ids)) if failed else ():
         if rows.name(index) in failed:
             ids[index] = -1
-    return Sampled(sampled.token_ids, Deferred.known(output)), ids
+    return ids
 
 
 def from_ids(ids: I64, rows: SampleRows) -> SamplerOutput:
-    """What another rank has sampled, from the numbers of ``with_ids``."""
+    """What another rank has sampled, from the numbers of ``ids_of``."""
     errors = [row_error(*rows.name(index), BAD_LOGITS) for index in np.flatnonzero(ids < 0).tolist()]
     return SamplerOutput(np.maximum(ids, 0), row_errors=errors)
 
@@ -82,10 +80,11 @@ class Sampler:
             device_type: Device type of the logits.
             stages: Additional edits of the logits, which no kernel implements. They run before all others.
             channel: Channel to that device. Default: the host's memory.
-            communicator: Connects ranks with common logits: rank 0 samples, and the others get its tokens, without log
-                probabilities. Default: there is one rank.
+            communicator: Connects ranks with the same logits. If these are in common memory (``shares_rows``), rank 0
+                samples, and the others get its tokens, without log probabilities. Default: there is one rank.
         """
-        self._communicator = communicator or ops.SingleRank()
+        together = communicator is not None and communicator.shares_rows
+        self._communicator = communicator if communicator is not None and together else ops.SingleRank()
         self._channel = channel or ImmediateSteps()
         self._backend = new_backend(ops.op_set(device_type), max_num_seqs, channel)
         self._stages = tuple(stages)
@@ -138,9 +137,9 @@ class Sampler:
 
     def _sent(self, sampled: Sampled, rows: SampleRows) -> Sampled:
         """Gives the other ranks the tokens."""
-        sampled, ids = with_ids(sampled, rows)
-        self._communicator.broadcast(ids)
-        return sampled
+        output = sampled.output.make([tensor.numpy() for tensor in sampled.output.tensors])
+        self._communicator.broadcast(ids_of(output, rows))
+        return Sampled(sampled.token_ids, Deferred.known(output))
 
     def _received(self, rows: SampleRows) -> Sampled:
         """What rank 0 has sampled, so that all ranks accept the same drafts."""

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.collective import PeerLostError
 from ops.cpu import instructions, library, memory
 from ops.cpu.instructions import Instruction
 from ops.cpu.library import ROWS, TYPES, Group, Library, Matrix, Node, Step
-from ops.cpu.ranks import PeerLostError
 from ops.dispatch import Op
 from ops.metadata import AdapterRows, AttentionMetadata
 from ops.packed import GROUP, Encoding, PackedWeight, RowSource, Segment, shares_in_groups

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from ops.arena import Arena
+from ops.collective import PeerLostError
 from ops.cpu import instructions, memory
 from ops.cpu.fusion import Fusion, Item
 from ops.cpu.instructions import Instruction
 from ops.cpu.kernels import fill_adapters, fill_group
 from ops.cpu.library import IDS, ROWS, Group, Library, Matrix, Step
 from ops.cpu.library import Node as NodeStruct
-from ops.cpu.ranks import PeerLostError, SharedRank
+from ops.cpu.ranks import SharedRank
 from ops.dispatch import SLICE, KeptInputs, Node, Ref, Spec, StepInput
 
 _ALIGNMENT = 64

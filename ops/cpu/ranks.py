@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ops.collective import PeerLostError
 from ops.cpu import library as lib
 from ops.cpu.library import Library
 
@@ -22,14 +23,11 @@ SLOT_BYTES = 8 << 20
 _PAGE = mmap.ALLOCATIONGRANULARITY
 
 
-class PeerLostError(RuntimeError):
-    """Another rank has left."""
-
-
 class SharedRank:
     """A rank of a group on one machine; see ``ops.Communicator``."""
 
     cuts_sums = False
+    shares_rows = True
 
     def __init__(self, library: Library, descriptor: int, rank: int, size: int) -> None:
         """

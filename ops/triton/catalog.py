@@ -20,6 +20,7 @@ from ops.triton.launch import Launch, for_target, recorded, scratch
 MODULES = (
     "adapters",
     "attention",
+    "collectives",
     "experts",
     "fp8",
     "gather",

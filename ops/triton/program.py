@@ -150,6 +150,8 @@ class TritonProgram:
             if place.base in values:
                 return values[place.base]
             whole = arena.tensor(place.base)[: rows[spec.rows]]
+            if spec.width == 1 and not spec.dtype.is_floating_point:
+                return whole[:, place.column]  # ids have one dimension
             return whole[:, place.column : place.column + spec.width]
 
         def argument(arg: Any) -> Any:

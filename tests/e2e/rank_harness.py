@@ -22,13 +22,13 @@ MAX_TOKENS = 120
 class Ranks(Harness):
     """An engine core in this thread, and workers in processes."""
 
-    def __init__(self, model: Path, ipc_dir: Path, parallel: ParallelConfig) -> None:
+    def __init__(self, model: Path, ipc_dir: Path, parallel: ParallelConfig, device: str = "cpu") -> None:
         config = EngineConfig(
             cache=CacheConfig(kv_cache_memory=64 << 20),
             executor=ExecutorConfig(
                 model=ModelConfig(model=str(model), dtype="float32", max_model_len=512),
                 parallel=parallel,
-                device=DeviceConfig(num_threads=1),
+                device=DeviceConfig(device=device, num_threads=1),
             ),
         )
         super().__init__()
@@ -50,17 +50,17 @@ class Ranks(Harness):
             assert self.core.exit_code is None and time.monotonic() < deadline, self.sent[-1]
             self.core.step()
 
-    def generate(self, disturb: Callable[[], None] | None = None) -> list[list[int]]:
+    def generate(self, disturb: Callable[[], None] | None = None, max_tokens: int = MAX_TOKENS) -> list[list[int]]:
         """The tokens of some requests that run together; once they are under way, something happens."""
         self.run_until(lambda: bool(self.messages(EngineReady)))
         first = len(self.outputs)
         indices = range(first, first + 6)
         for index in indices:
-            params = ResolvedParams(temperature=index % 2 * 0.8, seed=index - first, max_tokens=MAX_TOKENS)
+            params = ResolvedParams(temperature=index % 2 * 0.8, seed=index - first, max_tokens=max_tokens)
             prompt = [(7 * (index - first) + i * i) % 250 + 3 for i in range(20)]
             self.inbox.append(make_request(index, prompt, params=params))
         if disturb is not None:
-            self.run_until(lambda: all(len(self.outputs.get(index, [])) >= 20 for index in indices))
+            self.run_until(lambda: all(len(self.outputs.get(index, [])) >= max_tokens // 6 for index in indices))
             assert not self.reasons.keys() & set(indices), "the requests were too short for this test"
             disturb()
         self.run_until(lambda: set(indices) <= self.reasons.keys())
@@ -69,9 +69,10 @@ class Ranks(Harness):
 
 @contextmanager
 def ranks(model: Path, ipc_dir: Path, count: int = 1, num_stages: int = 1, **fields: Any) -> Iterator[Ranks]:
-    """An engine with some ranks. ``fields``: more of ``ParallelConfig``."""
+    """An engine with some ranks. ``fields``: more of ``ParallelConfig``, and ``device``."""
+    device = fields.pop("device", "cpu")
     parallel = ParallelConfig(tensor_parallel_size=count, pipeline_parallel_size=num_stages, **fields)
-    result = Ranks(model, ipc_dir, parallel)
+    result = Ranks(model, ipc_dir, parallel, device)
     try:
         yield result
     finally:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from gguf import GGMLQuantizationType
 
 import ops
 from api.model.gguf_file import read_gguf
+from engine_core.config import EngineConfig
+from engine_core.plan import fit
 from executor import plan
 from executor.config import ExecutorConfig, ModelConfig, ParallelConfig, StepSize
 from executor.loader import load_model
@@ -101,3 +104,31 @@ def test_layers_of_different_types_are_told_apart() -> None:
     path = Path(tiny.gguf_file(tiny.checkpoint("llama"), GGMLQuantizationType.Q4_0, kinds=kinds).path)
     survey, ready = surveyed(ModelConfig(model=str(path), gguf=read_gguf(path).header()))
     check(survey, ready)
+
+
+@pytest.mark.parametrize(("size", "stages"), [(1, 1), (2, 2)])
+def test_devices_with_memory_of_their_own(size: int, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from tests.fake_cuda import FakeCuda
+
+    before, device = ops.op_set("cpu"), FakeCuda(by_itself=False, kernels="reference")
+    monkeypatch.setattr(plan, "create_device", lambda name: device)
+    parallel = ParallelConfig(tensor_parallel_size=size, pipeline_parallel_size=stages)
+    model = ModelConfig(model=str(tiny.checkpoint("llama")))
+    sizes = StepSize(max_num_seqs=8, max_num_batched_tokens=64)
+    config = ExecutorConfig(model=model, parallel=parallel, step_size=sizes)
+    try:
+        surveys = plan.survey_ranks(config, measures=True)
+        for place, survey in zip(places(parallel), surveys, strict=True):
+            communicator = ops.NotConnected(place.tp_rank, size) if size > 1 else None
+            loaded = load_model(model, place, torch.device("cpu"), None, lambda *_: None, communicator=communicator)
+            assert survey.ready.weight_bytes == loaded.weight_bytes == sum(survey.weights.values())
+            assert not survey.ready.shares_memory and survey.ready.step_bytes and not survey.decode_seconds
+            fits = fit(EngineConfig(executor=config), tuple(surveys))
+            assert not fits.problem and len(fits.kv_cache_bytes) == size * stages
+    finally:
+        device.close()
+        ops.use("cpu", before)
+    small = msgspec.structs.replace(surveys[-1], free_bytes=1000)
+    problem = fit(EngineConfig(executor=config), (*surveys[:-1], small)).problem
+    assert problem.startswith(f"the weights of worker {size * stages - 1} take ") and "free on its device" in problem

@@ -27,6 +27,7 @@ STEPS = [
         pytest.param("llama", {"attention_bias": True, "mlp_bias": True}, id="biases"),
         pytest.param("deepseek_v2", {}, id="latents"),
         pytest.param("deepseek_v3", {}, id="latents of queries, too"),
+        pytest.param("gpt_oss", {}, id="experts with biases"),
         pytest.param("phi3", {}, id="fused in the checkpoint"),
         pytest.param("olmo2", {}, id="norm over all heads"),
         pytest.param("olmo2", {"num_key_value_heads": 1}, id="norm over a head that both have"),

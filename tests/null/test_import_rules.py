@@ -146,11 +146,12 @@ FOLDERS: dict[str, set[str]] = {
     "engine_core/structured": {"messages", "request"},
     # The definitions of ops know no implementation; op sets know each other not at all.
     "ops/reference": {"adapters", "collective", "dispatch", "metadata", "packed"},
-    "ops/cpu": {"", "adapters", "arena", "dispatch", "metadata", "packed"},
+    "ops/cpu": {"", "adapters", "arena", "collective", "dispatch", "metadata", "packed"},
     "ops/triton": {
         "",
         "adapters",
         "arena",
+        "collective",
         "dispatch",
         "metadata",
         "packed",

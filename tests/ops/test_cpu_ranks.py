@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ops import PeerLostError
 from ops.cpu import ranks
-from ops.cpu.ranks import PeerLostError, SharedRank
+from ops.cpu.ranks import SharedRank
 from tests.ops.cpu import NEEDS_KERNELS
 from tests.shared_ranks import on_shared_ranks
 

@@ -13,6 +13,7 @@ import torch
 from executor.base import ModelError
 from executor.device import cuda
 from executor.device.cuda import CudaDevice, CudaSteps, joined
+from executor.parallel import ParallelState
 from tests.stub_cuda import Event, Graph, stubbed
 
 
@@ -150,3 +151,26 @@ def test_memory_that_others_took_meanwhile(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 80 << 30))
     with pytest.raises(ModelError, match="--gpu-memory-utilization: 2 GiB .* only 1 GiB are free"):
         CudaDevice().allocate_kv((2, 1 << 30), torch.int8)
+
+
+def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [cuda.own_index(0, rank) for rank in range(2)] == [0, 1] and cuda.own_index(1, 0) == 1
+    with pytest.raises(ModelError, match="--data-parallel-size: a replica needs GPU 2, but this machine has only 2$"):
+        cuda.own_index(2, 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+    with pytest.raises(ModelError, match=r"worker 2 needs .* only 2, those of CUDA_VISIBLE_DEVICES=1,3; use at most 2"):
+        cuda.own_index(0, 2)
+
+
+def test_gpus_that_share_a_model_need_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    device = CudaDevice()
+    assert device.communicator(ParallelState()).size == 1 and device.stage_transfer() is None
+    for place, reason in (
+        (ParallelState(0, 2), "-parallel-size 1: ranks are processes, which --distributed-executor-backend mp starts"),
+        (ParallelState(pp_size=2, rendezvous_fd=0), "--pipeline-parallel-size 2: torch .* lacks NCCL"),
+    ):
+        with pytest.raises(ModelError, match=reason):
+            device.communicator(place)

@@ -26,6 +26,7 @@ class ToyDevice:
     kernels = "toy"
     memory_utilization: float | None = None  # the cache takes default_kv_bytes
     max_num_batched_tokens = 256
+    shares_memory = True  # of the host
     maps_kv = True  # as CPUs: a new worker goes on with the cache of one that died
 
     @classmethod
@@ -47,6 +48,9 @@ class ToyDevice:
 
     def communicator(self, parallel: ParallelState) -> SingleRank:
         return SingleRank()
+
+    def stage_transfer(self) -> None:
+        return None
 
     def allocate_kv(self, shape: tuple[int, ...], dtype: torch.dtype, memory: Tensor | None = None) -> Tensor:
         if memory is None:
