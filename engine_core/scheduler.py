@@ -62,8 +62,9 @@ PATIENCE = 8
 """Results without drafts after which plans allow none until the workers have some again."""
 RETRY_PERIOD = 32
 """Of as many results without drafts, the first ``PATIENCE`` let plans allow some: a worker whose results come late has
-launched the next step before it finds drafts, and can keep them only if that step waits for them. Not with pipeline
-stages, which always wait for the tokens of their rows: plans that begin to allow drafts would disturb their turns."""
+launched the next step before it finds drafts, and can keep them only if that step waits for them. Not where results are
+there at once, and not with pipeline stages, which always wait for the tokens of their rows: plans that begin to allow
+drafts would disturb their turns."""
 
 
 class Scheduler:
@@ -109,6 +110,7 @@ class Scheduler:
         self._num_barren = 0
         """Results in a row that came without drafts."""
         self.lanes = Lanes(num_stages, config.max_num_seqs)
+        self._retries_drafts = has_late_results and num_stages == 1
         self.steps_per_plan = StepsPerPlan(config, num_stages=num_stages, has_late_results=has_late_results)
         self._step_id = 0
 
@@ -308,7 +310,7 @@ class Scheduler:
         """Whether workers may have drafts for rows of a plan, or grammars may."""
         if not self.max_draft_tokens:
             return False
-        num_barren = self._num_barren if self.lanes.num_stages > 1 else self._num_barren % RETRY_PERIOD
+        num_barren = self._num_barren % RETRY_PERIOD if self._retries_drafts else self._num_barren
         return num_barren < PATIENCE or bool(self.table.has_grammar[slots].any())
 
     def _allow_drafts(self, slots: I32, budget: int, updates: list[list[int]]) -> I64:

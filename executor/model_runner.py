@@ -114,12 +114,12 @@ class PendingOutput:
         pooled: PoolerOutput
         sampled, prompt_logprobs, pooled = self._results.make(self._pending.collect())
         step, states = self._step, self._states
-        sampled, num_accepted, guesses = settle(states, step.rows, step.epochs, step.drafts, sampled)
+        sampled, num_accepted = settle(states, step.rows, step.epochs, step.drafts, sampled)
         milliseconds = step.launch_ms + self._pending.device_ms + (time.perf_counter() - begin) * 1e3
         if step.num_tokens == len(step.rows):
             self._speculation.note_step(step.num_tokens, milliseconds)
         self._speculation.follow(step.computed, states)
-        drafts = self._speculation.propose(step.rows, step.epochs, states, guesses)
+        drafts = self._speculation.propose(step.rows, step.epochs, states)
         return ModelRunnerOutput(
             step_id=step.plan.step_id,
             rank=self._rank,

@@ -9,7 +9,7 @@ drafts never change tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -24,10 +24,8 @@ FIRST_LOGITS = tuple(
     level + change for level in (-0.8, 0.0, 0.4, 0.8, 1.1, 1.5, 2.0, 2.5) for change in (0.0, 0.3, -0.6)
 )
 """Logits of the probabilities by kind (see ``lookup.py``) before anything was learned."""
-GUESS_KINDS = [24, 25, 26, *(27,) * 13]
-"""Kinds of tokens that were sampled behind a rejected draft, by their distance from it."""
-GUESS_LOGIT = -0.8
-"""Logit of theirs before anything was learned: as of drafts after a single token that was found again."""
+OTHER_LOGIT = -0.8
+"""Logit of other kinds."""
 KIND_RATE = 0.02
 REQUEST_RATE = 0.3
 MAX_BIAS = 3.0
@@ -75,7 +73,7 @@ class DraftLengths:
         self.costs = StepCosts()
         self._min_probability = min_probability
         self._is_adaptive = is_adaptive
-        self._kinds = [*first_logits, *(GUESS_LOGIT,) * (MAX_KINDS - len(first_logits))]
+        self._kinds = [*first_logits, *(OTHER_LOGIT,) * (MAX_KINDS - len(first_logits))]
         self._gain = FIRST_GAIN
         """Tokens that drafts save per step and request, verified or not, less those that their verification takes."""
         self._pays = True
@@ -132,42 +130,6 @@ class DraftLengths:
             return np.minimum(limits, best)
         self._num_skipped += 1  # now and then, drafts are compared with what comes
         return np.minimum(limits, 2 if self._num_skipped % PROBE == 0 else 0)
-
-    def with_guesses(
-        self,
-        slots: Sequence[int],
-        limits: Sequence[int],
-        drafts: Drafts,
-        guesses: Mapping[int, list[int]],
-    ) -> Drafts:
-        """Takes what was sampled behind rejected drafts in place of proposals that promise less.
-
-        It was sampled after other tokens than those that came, but with the random numbers of its positions; so it is
-        what comes wherever the model does not mind the difference. (Jacobi decoding: Santilli et al.,
-        arXiv:2305.10427.)
-
-        Args:
-            slots: The slots that got tokens.
-            limits: Maximum drafts of each.
-            drafts: The proposals of these slots.
-            guesses: Tokens by slot.
-        """
-        assert drafts.kinds is not None
-        counts, tokens, kinds = [], [], []
-        begin = 0
-        for slot, limit, count in zip(slots, limits, drafts.counts.tolist(), strict=True):
-            own = drafts.token_ids[begin : begin + count].tolist()
-            own_kinds = drafts.kinds[begin : begin + count].tolist()
-            begin += count
-            guess = guesses.get(slot, ())[:limit]
-            if guess and own[:1] != guess[:1]:
-                guess_kinds = GUESS_KINDS[: len(guess)]
-                if sum(self._chances(slot, guess_kinds)) > sum(self._chances(slot, own_kinds)):
-                    own, own_kinds = guess[: len(guess_kinds)], guess_kinds
-            counts.append(len(own))
-            tokens += own
-            kinds += own_kinds
-        return Drafts(np.array(counts, np.int64), np.array(tokens, np.int32), np.array(kinds, np.int8))
 
     def learn(self, slots: Sequence[int], states: RequestStates) -> None:
         """Compares the last proposals of slots with the tokens that have come since."""

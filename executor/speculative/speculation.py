@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,7 @@ from executor.messages import I32, I64, ForcedDrafts, NewRequest, SchedulerOutpu
 from executor.request_states import RequestStates
 from executor.sampling.base import SamplerOutput, SampleRows
 from executor.speculative.base import ComputedRows, Drafts, ProposerContext
-from executor.speculative.draft_lengths import FIRST_LOGITS, GUESS_KINDS, DraftLengths
+from executor.speculative.draft_lengths import FIRST_LOGITS, MAX_KINDS, DraftLengths
 from executor.speculative.registry import create_proposer
 
 U8 = npt.NDArray[np.uint8]
@@ -93,14 +92,9 @@ def num_verified(rows: SampleRows) -> bytes:
     return (_counts(firsts, len(rows)) - 1).astype(np.uint8).tobytes()
 
 
-Guesses = Mapping[int, list[int]]
-"""By slot: what was sampled behind a rejected draft."""
-NO_GUESSES: Guesses = {}
-
-
 def settle(
     states: RequestStates, rows: SampleRows, epochs: I64, drafts: I64 | None, output: SamplerOutput
-) -> tuple[SamplerOutput, bytes, Guesses]:
+) -> tuple[SamplerOutput, bytes]:
     """Determines the accepted drafts and fills in the tokens.
 
     Args:
@@ -111,13 +105,13 @@ def settle(
         output: The sampler's output.
 
     Returns:
-        The output without the tokens after a rejected draft, ``ModelRunnerOutput.num_accepted``, and those tokens.
+        The output without the tokens after a rejected draft, and ``ModelRunnerOutput.num_accepted``.
     """
     if not len(rows):
-        return output, b"", NO_GUESSES
+        return output, b""
     if drafts is None:
         states.fill(rows.slots, epochs, rows.positions, output.token_ids)
-        return output, b"", NO_GUESSES
+        return output, b""
     assert rows.offsets is not None
     firsts = (rows.offsets == 0).nonzero()[0]
     counts = _counts(firsts, len(rows))
@@ -131,19 +125,15 @@ def settle(
     states.fill(rows.slots[kept], epochs[kept], rows.positions[kept], token_ids)
     states.retract(rows.slots[firsts], epochs[firsts], counts - 1 - accepted, accepted)
     verdict = accepted.astype(np.uint8).tobytes()
-    guesses: dict[int, list[int]] = {}
-    rest = (rows.offsets > accepted.repeat(counts)).nonzero()[0]
-    for slot, token in zip(rows.slots[rest].tolist(), output.token_ids[rest].tolist(), strict=True):
-        guesses.setdefault(slot, []).append(token)
     if not output.logprobs and not output.row_errors:
-        return SamplerOutput(token_ids), verdict, guesses
+        return SamplerOutput(token_ids), verdict
     last = dict(zip(numbers.tolist(), accepted.tolist(), strict=True))
     reached = SamplerOutput(
         token_ids=token_ids,
         logprobs=[entry for entry in output.logprobs if entry.position <= last[entry.row]],
         row_errors=[error for error in output.row_errors if error.position == last[error.row]],
     )
-    return reached, verdict, guesses
+    return reached, verdict
 
 
 class Speculation:
@@ -165,7 +155,7 @@ class Speculation:
             self.max_drafts,
             0.0 if config is None else config.min_token_prob,
             is_adaptive=config is not None and config.is_adaptive,
-            first_logits=FIRST_LOGITS if self._costs is None else (FIRST_LOGIT,) * GUESS_KINDS[0],
+            first_logits=FIRST_LOGITS if self._costs is None else (FIRST_LOGIT,) * MAX_KINDS,
         )
         self._always_waits = config is not None and not config.is_adaptive
         """Ranks must not differ in which results they know when a step begins."""
@@ -214,16 +204,13 @@ class Speculation:
         if self._proposer is not None:
             self._proposer.follow(computed, states)
 
-    def propose(
-        self, rows: SampleRows, epochs: I64, states: RequestStates, guesses: Guesses = NO_GUESSES
-    ) -> Drafts | None:
+    def propose(self, rows: SampleRows, epochs: I64, states: RequestStates) -> Drafts | None:
         """Proposes drafts for the next step of the requests that got tokens, and writes them to the table.
 
         Args:
             rows: The sampled rows.
             epochs: int64 [samples]: the slots' epochs when the step began.
             states: Has all tokens of these slots.
-            guesses: See ``settle``.
 
         Returns:
             The drafts of each row that samples; None: no drafts at all.
@@ -234,12 +221,12 @@ class Speculation:
             self._rest -= 1
             return None
         begin = time.perf_counter()
-        drafts = self._propose(rows, epochs, states, guesses)
+        drafts = self._propose(rows, epochs, states)
         took = (time.perf_counter() - begin) * 1e3
         self._proposing_ms += OVERHEAD_RATE * (min(took, MAX_MS) - self._proposing_ms)
         return drafts
 
-    def _propose(self, rows: SampleRows, epochs: I64, states: RequestStates, guesses: Guesses) -> Drafts | None:
+    def _propose(self, rows: SampleRows, epochs: I64, states: RequestStates) -> Drafts | None:
         firsts = slice(None) if rows.offsets is None else (rows.offsets == 0).nonzero()[0]
         slots = rows.slots[firsts]
         is_current = states.epochs[slots] == epochs[firsts]
@@ -249,7 +236,7 @@ class Speculation:
                 return None
         numbers = slots.tolist()
         self._lengths.learn(numbers, states)
-        proposed = self._proposed(slots, states, guesses)
+        proposed = self._proposed(slots, states)
         counts = np.zeros(len(slots), np.int64)
         if len(proposed.token_ids):
             counts[:] = self._lengths.choose(numbers, proposed, states)
@@ -279,7 +266,7 @@ class Speculation:
         states.set_drafts(slots, counts, drafts.token_ids)
         return drafts
 
-    def _proposed(self, slots: I32, states: RequestStates, guesses: Guesses) -> Drafts:
+    def _proposed(self, slots: I32, states: RequestStates) -> Drafts:
         """Proposals for slots whose tokens have just come, of those whose turn it is."""
         assert self._proposer is not None
         idle = self._num_idle[slots]
@@ -291,10 +278,7 @@ class Speculation:
         limits = np.maximum(np.minimum(self._limits[slots], room), 0) * is_due
         if self._costs is not None:
             limits = self._lengths.affordable(slots, limits, self._costs)
-        drafts = self._proposer.propose(slots, limits, states)
-        if not guesses or drafts.kinds is None:
-            return drafts
-        return self._lengths.with_guesses(slots.tolist(), limits.tolist(), drafts, guesses)
+        return self._proposer.propose(slots, limits, states)
 
 
 def _spread(counts: I64, is_current: npt.NDArray[np.bool_]) -> I64:

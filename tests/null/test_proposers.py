@@ -15,7 +15,7 @@ from executor.config import SpeculativeConfig
 from executor.messages import I32, NewRequest, ResolvedParams, SchedulerOutput
 from executor.request_states import RequestStates
 from executor.speculative.base import ComputedRows, Drafts, ProposerContext
-from executor.speculative.draft_lengths import GUESS_KINDS, DraftLengths
+from executor.speculative.draft_lengths import DraftLengths
 from executor.speculative.draft_model import DraftModelProposer
 from executor.speculative.lookup import NO_TOKEN, NUM_KINDS, continuation, find
 from executor.speculative.pool import MAX_OUTPUT, MAX_POOLS, POOL_TOKENS, Pool, Pools
@@ -270,27 +270,6 @@ def test_drafts_that_take_time_are_proposed_as_far_as_they_pay() -> None:
     learn_costs(lengths.costs, partial(cost_of, extra=20.0))
     counts = [lengths.affordable(slots, limits, draft_costs).tolist() for _ in range(64)]
     assert counts.count([2, 2]) == 2 and counts.count([0, 0]) == 62, "it is tried now and then"
-
-
-def test_what_was_sampled_behind_a_rejected_draft_is_a_draft_if_it_promises_more() -> None:
-    lengths = DraftLengths(2, 8, 0.0, is_adaptive=True)
-    states = table(a=[1, 2], b=[1, 2])
-    drafts = Drafts(np.array([2, 1]), i32([5, 6, 7]), np.array([0, 0, 23], np.int8))
-    mixed = lengths.with_guesses([0, 1], [3, 8], drafts, {0: [8, 9, 10, 11], 1: [12]})
-    assert mixed.counts.tolist() == [3, 1] and mixed.token_ids.tolist() == [8, 9, 10, 7], "7 is almost sure"
-    assert mixed.kinds is not None and mixed.kinds[:3].tolist() == GUESS_KINDS[:3]
-    same = lengths.with_guesses([0, 1], [3, 8], drafts, {0: [5, 9, 10]})
-    assert same.token_ids.tolist() == [5, 6, 7], "both begin with the same token"
-    for _ in range(200):
-        lengths.add(0)
-        states.num_known[0] = 2
-        guess = Drafts(np.array([1]), i32([8]), np.array(GUESS_KINDS[:1], np.int8))
-        lengths.choose([0], guess, states)
-        states.fill(i32([0]), states.epochs[:1], np.array([2]), np.array([5]))
-        lengths.learn([0], states)
-    drafts = Drafts(np.array([2]), i32([5, 6]), np.zeros(2, np.int8))
-    mixed = lengths.with_guesses([0], [3], drafts, {0: [8]})
-    assert mixed.token_ids.tolist() == [5, 6], "such drafts were never accepted"
 
 
 class DraftForward:

@@ -68,7 +68,7 @@ class DraftingWorker(Worker):
         states.set_counts(slots, states.num_computed[slots], states.num_tokens[slots] + counts + 1)
         given = torch.tensor(np.array(logits, np.float32))
         output = wait_for(self.backend.sample(given, given, rows, states, mask).output, CHANNEL)
-        output, accepted, _ = settle(states, rows, epochs, expected, output)
+        output, accepted = settle(states, rows, epochs, expected, output)
         assert (states.num_known[slots] == states.num_tokens[slots]).all()
         return output, list(accepted)
 
@@ -228,21 +228,10 @@ def test_rejected_drafts_take_nothing_from_the_next_request_in_the_slot() -> Non
     states.apply(SchedulerOutput(2, b"", b"", b"", finished_slots=slots[:1].tobytes(), new_reqs=(request,)))
     counts = (states.num_tokens[2], states.num_known[2], states.num_computed[2])
     tokens = states.token_ids[2].tolist()
-    _, accepted, _ = settle(states, rows, epochs, drafts, SamplerOutput(np.array([11, 13, 14])))
+    _, accepted = settle(states, rows, epochs, drafts, SamplerOutput(np.array([11, 13, 14])))
     assert list(accepted) == [1]
     assert (states.num_tokens[2], states.num_known[2], states.num_computed[2]) == counts
     assert states.token_ids[2].tolist() == tokens
-
-
-def test_what_was_sampled_behind_a_rejected_draft_is_kept_for_the_next_step() -> None:
-    states, _ = table_with([1, 2], [10])
-    slots = np.full(4, 2, np.int32)
-    rows = SampleRows(slots, np.arange(3, 7), np.zeros(4, np.int32))
-    epochs = states.epochs[slots]
-    states.set_drafts(slots[:1], np.array([3]), np.array([11, 12, 13], np.int32))
-    drafts = drafts_of(rows, states)
-    output, accepted, guesses = settle(states, rows, epochs, drafts, SamplerOutput(np.array([11, 20, 21, 22])))
-    assert list(accepted) == [1] and output.token_ids.tolist() == [11, 20] and guesses == {2: [21, 22]}
 
 
 def test_texts_that_never_repeat_themselves_are_searched_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
