@@ -384,15 +384,15 @@ class StaticForward:
                 submit(each)
             if frame.size.is_padded:
                 frame.graph = self._graphs.capture(frame.launches)
-        if not frame.shown:
-            frame.shown = self._without_padding(frame.outputs)
-        return frame.shown
+        return self._shown(frame)
 
-    def _without_padding(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        frame = self._frame
-        assert frame is not None
-        hidden, logits, *aux = outputs
-        return hidden[: frame.num_tokens], logits[: frame.num_samples], *(each[: frame.num_tokens] for each in aux)
+    def _shown(self, frame: _Frame) -> Sequence[Tensor]:
+        """The outputs without padding."""
+        if not frame.shown:
+            hidden, logits, *aux = frame.outputs
+            tokens = frame.num_tokens
+            frame.shown = hidden[:tokens], logits[: frame.num_samples], *(each[:tokens] for each in aux)
+        return frame.shown
 
     def run_eagerly(self, batch: InputBatch, change: Change, embed: Callable[[InputBatch], Tensor]) -> Sequence[Tensor]:
         frame = self._frame
@@ -400,7 +400,10 @@ class StaticForward:
         for each in frame.first_launches:
             submit(each)
         batch = change(batch)
-        return self._without_padding(run_model(self._setup.model, batch, embed(batch)))
+        results = run_model(self._setup.model, batch, embed(batch))
+        hidden, logits, *aux = (result[: len(shown)] for result, shown in zip(results, self._shown(frame), strict=True))
+        # The sampler keeps what it launches for each place of logits.
+        return hidden, self._shown(frame)[1].copy_(logits), *aux
 
     def attach(self, sampler: Sampler) -> None:
         self._copies_tokens = not sampler.keep_tokens_in(self._tokens)
