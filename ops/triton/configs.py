@@ -134,8 +134,8 @@ def gemm(
         has_rows: Whether rows are gathered.
     """
     table = GEMM_FLOAT32 if dtype == torch.float32 else GEMM
-    # A tile of 256 rows leaves no registers for anything else.
-    fits = segments == 1 and activation == "none" and target.has_wgmma
+    # A tile of 256 rows leaves no registers for anything else, such as the masks of a last part of k.
+    fits = segments == 1 and activation == "none" and target.has_wgmma and k % 64 == 0
     # Two products of 8 rows: ptxas would let one wait for the other.
     least = 16 if is_gated or target.backend == "hip" else 8
     sizes = [size for size in table if size >= least and (size < 256 or fits)]
