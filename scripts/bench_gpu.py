@@ -147,7 +147,7 @@ def start_engine(card: Card, folder: str, options: argparse.Namespace, *, eager:
     steps = Steps(
         folder,
         options.dtype,
-        8192,
+        options.chunk,
         max(options.decode),
         longest,
         options.load_format,
@@ -227,9 +227,10 @@ def prefill(steps: Steps, ceilings: Ceilings, options: argparse.Namespace) -> li
         for _ in range(2):  # the first one compiles
             begin = time.perf_counter()
             new = (steps.admit(0, tokens),)
-            for start in range(0, tokens, 8192):
+            for start in range(0, tokens, options.chunk):
                 fields: dict[str, Any] = {} if start else {"new_reqs": new, "finished_slots": bytes(4)}
-                steps.run([0], [min(8192, tokens - start)], **fields)
+                count = min(options.chunk, tokens - start)
+                steps.run([0], [count], samples=start + count == tokens, **fields)
                 collect(steps)
             seconds = time.perf_counter() - begin
         rate = steps.operations(tokens, 1) / seconds
@@ -304,6 +305,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--decode", type=int, nargs="+", default=[1, 8, 64, 256], help="requests of a batch")
     add("--context", type=int, nargs="+", default=[512, 2048, 8192], help="tokens before those that are decoded")
     add("--prefill", type=int, nargs="+", default=[1024, 2048, 8192, 32768], help="tokens of a prompt")
+    add("--chunk", type=int, default=8192, help="most tokens of a step")
     add("--rows", type=int, nargs="+", default=[1, 8, 16, 32, 64, 128, 256, 512, 2048], help="rows of products")
     add("--weight-bytes", type=int, default=18 << 30, help="memory that is left for weights and steps")
     add("--eager", action="store_true", help="time steps without graphs, too")
@@ -318,7 +320,7 @@ def rehearse(options: argparse.Namespace) -> list[Row]:
 
     options.model, options.dtype, options.load_format = str(tiny.checkpoint("llama")), "float32", "auto"
     options.decode, options.context, options.prefill, options.rows = [1, 8, 16], [9], [20], [1, 9]
-    options.steps, options.eager, options.weight_bytes = 3, True, 0
+    options.steps, options.eager, options.weight_bytes, options.chunk = 3, True, 0, 16
     with without_hardware(empty_launch) as card:
         return measure(card, options)
 

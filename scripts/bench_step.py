@@ -171,14 +171,14 @@ class Steps:
         """Multiplications and additions of a step that computes the logits of some of its tokens."""
         return 2.0 * (tokens * self.layer_parameters + samples * self.head_parameters)
 
-    def run(self, slots: list[int], counts: list[int], **fields: Any) -> float:
-        """Runs one step and returns its seconds."""
+    def run(self, slots: list[int], counts: list[int], *, samples: bool = True, **fields: Any) -> float:
+        """Runs one step and returns its seconds. ``samples``: each row ends with a token that is sampled."""
         self.step_id += 1
         plan = SchedulerOutput(
             step_id=self.step_id,
             slots=np.array(slots, np.int32).tobytes(),
             num_scheduled_tokens=np.array(counts, np.int32).tobytes(),
-            num_sampled=np.ones(len(slots), np.uint8).tobytes(),
+            num_sampled=np.full(len(slots), samples, np.uint8).tobytes(),
             **fields,
         )
         begin = time.perf_counter()

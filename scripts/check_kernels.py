@@ -294,18 +294,18 @@ def compare_families(lines: list[Line]) -> None:
                 line.failures.append(f"adds as {line.fingerprint!r}, others as {members[0].fingerprint!r}")
 
 
-def known_registers(version: str) -> dict[str, dict[str, list[int]]]:
-    """What ``REGISTERS`` notes for a version of Triton, by target and key."""
-    every = json.loads(REGISTERS.read_text()) if REGISTERS.exists() else {}
+def known_registers(file: Path, version: str) -> dict[str, dict[str, list[int]]]:
+    """What a file like ``REGISTERS`` notes for a version of Triton, by target and key."""
+    every = json.loads(file.read_text()) if file.exists() else {}
     found: dict[str, dict[str, list[int]]] = every.get(version, {})
     return found
 
 
-def compare_registers(lines: list[Line], version: str) -> None:
+def compare_registers(lines: list[Line], file: Path, version: str) -> None:
     """Fails kernels that use a tenth more registers than they did."""
-    known = known_registers(version)
+    known = known_registers(file, version)
     if not known:
-        print(f"note: {REGISTERS.name} notes no registers for Triton {version}; they are not compared")
+        print(f"note: {file.name} notes no registers for Triton {version}; they are not compared")
     launches: dict[tuple[str, str], list[Line]] = defaultdict(list)
     for line in lines:
         launches[line.target, line.key].append(line)
@@ -318,19 +318,21 @@ def compare_registers(lines: list[Line], version: str) -> None:
                 line.failures.append(f"{registers} registers became {line.registers}")
 
 
-def keep_registers(lines: list[Line], version: str) -> None:
-    """Notes the registers of kernels in place of what was noted for them."""
-    known = known_registers(version)
+def keep_registers(lines: list[Line], file: Path, version: str) -> None:
+    """Notes the registers of kernels that passed, in place of what was noted for them."""
+    known = known_registers(file, version)
     found: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    failed = {(line.target, line.key) for line in lines if line.failures}
     for line in lines:
-        found[line.target][line.key].append(line.registers)
+        if (line.target, line.key) not in failed:
+            found[line.target][line.key].append(line.registers)
     for target, own in found.items():
         known[target] = dict(sorted({**known.get(target, {}), **own}.items()))
     parts = []
     for target, own in sorted(known.items()):
         rows = ",\n".join(f"{json.dumps(key)}: {json.dumps(registers)}" for key, registers in own.items())
         parts.append(f"{json.dumps(target)}: {{\n{rows}\n}}")
-    REGISTERS.write_text(f"{{{json.dumps(version)}: {{\n" + ",\n".join(parts) + "\n}}\n")
+    file.write_text(f"{{{json.dumps(version)}: {{\n" + ",\n".join(parts) + "\n}}\n")
 
 
 def selected(pattern: str, targets: list[str]) -> Iterator[tuple[int, str]]:
@@ -358,7 +360,10 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--kept", type=Path, metavar="FOLDER", default=KEPT, help=f"what is known; default: {KEPT}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there as well")
-    parser.add_argument("--keep-registers", action="store_true", help=f"note the registers in {REGISTERS.name}")
+    parser.add_argument(
+        "--registers", type=Path, default=REGISTERS, help=f"as noted earlier; default: {REGISTERS.name}"
+    )
+    parser.add_argument("--keep-registers", action="store_true", help="note the registers there")
     return parser.parse_args()
 
 
@@ -379,13 +384,14 @@ def main() -> int:
                 print(line, flush=True)
     settled = {id(line) for line in lines if line.failures}
     compare_families(lines)
-    compare_registers(lines, triton.__version__)
+    if not options.keep_registers:
+        compare_registers(lines, options.registers, triton.__version__)
     failed = [line for line in lines if line.failures]
     for line in failed:
         if id(line) not in settled:
             print(line)
     if options.keep_registers:
-        keep_registers(lines, triton.__version__)
+        keep_registers(lines, options.registers, triton.__version__)
     if options.json:
         options.json.write_text(json.dumps([asdict(line) for line in lines], indent=1))
     seconds = time.monotonic() - start
