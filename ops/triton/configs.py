@@ -134,11 +134,14 @@ def gemm(
         has_rows: Whether rows are gathered.
     """
     table = GEMM_FLOAT32 if dtype == torch.float32 else GEMM
-    # A tile of 256 rows leaves no registers for anything else, such as the masks of a last part of k.
-    fits = segments == 1 and activation == "none" and target.has_wgmma and k % 64 == 0
+    is_even = k % 64 == 0  # else masks take registers
+    # A tile of 256 rows leaves none for anything else.
+    most = 256 if segments == 1 and activation == "none" and target.has_wgmma and is_even else 128
+    if not is_even and target.backend == "cuda" and not target.has_wgmma:
+        most = 64
     # Two products of 8 rows: ptxas would let one wait for the other.
     least = 16 if is_gated or target.backend == "hip" else 8
-    sizes = [size for size in table if size >= least and (size < 256 or fits)]
+    sizes = [size for size in table if least <= size <= most]
     tile_m = min((size for size in sizes if size >= rows), default=sizes[-1])
     chosen = table[tile_m]
     tile = dict(chosen.tile)
