@@ -137,8 +137,8 @@ def gemm(
     is_even = k % 64 == 0  # else masks take registers
     # A tile of 256 rows leaves none for anything else.
     most = 256 if segments == 1 and activation == "none" and target.has_wgmma and is_even else 128
-    if not is_even and target.backend == "cuda" and not target.has_wgmma:
-        most = 64
+    if not is_even and target.backend == "cuda" and not target.has_wgmma and rows > 32 and dtype != torch.float32:
+        return Config(8, 2, (("TILE_M", 64), ("TILE_N", 64), ("TILE_K", 64)))
     # Two products of 8 rows: ptxas would let one wait for the other.
     least = 16 if is_gated or target.backend == "hip" else 8
     sizes = [size for size in table if least <= size <= most]
