@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes the table of docs/quantization.md: loss, speed and memory of a model in many formats.
+"""Writes the tables of docs/quantization.md and README.md: loss, speed and memory of a model in many formats.
 
     python scripts/eval_formats.py gsm8k_test.jsonl --model SmolLM2=smollm2.gguf --model "Gemma 3"=gemma-Q4_K_M.gguf \\
         --embeddings all-MiniLM-L6-v2 --llama-quantize llama.cpp/build/bin/llama-quantize --speeds --write
@@ -52,6 +52,10 @@ AT_ONCE = 5
 SPEED_TOKENS = 128
 """Of the text, where only speeds are wanted."""
 TARGET = ROOT / "docs" / "quantization.md"
+README = ROOT / "README.md"
+README_ROWS = ("int8@int8", "Q8_0", "int4@int8", "Q4_K_M")
+README_COLUMNS = ("MB", "NLL", "tokens/s")
+"""Beside the reference."""
 START = "<!-- scripts/eval_formats.py writes this table -->\n"
 END = "<!-- end of the table -->\n"
 TEXTS = 200
@@ -115,12 +119,17 @@ class Model:
         return found
 
 
-def cells(result: dict[str, Any] | None, row: str, columns: int) -> str:
+def cells(result: dict[str, Any] | None, row: str, columns: Sequence[str]) -> str:
     """What the table says of a format."""
     if result is None:
-        return "refused" + " | " * (columns - 1)
-    loss = ["", ""] if row == REFERENCE else [f"{result['change']:+.2%}", f"{result['kl']:.4f}"]
-    return " | ".join([f"{result['weight_bytes'] / 1e6:.0f}", *loss, f"{result['tokens_per_second']:.0f}"][:columns])
+        return "refused" + " | " * (len(columns) - 1)
+    found = {
+        "MB": f"{result['weight_bytes'] / 1e6:.0f}",
+        "NLL": "" if row == REFERENCE else f"{result['change']:+.2%}",
+        "KL": "" if row == REFERENCE else f"{result['kl']:.4f}",
+        "tokens/s": f"{result['tokens_per_second']:.0f}",
+    }
+    return " | ".join(found[column] for column in columns)
 
 
 def table(
@@ -134,9 +143,9 @@ def table(
         "| | " + " | ".join(" | ".join(columns) for _ in names) + " |",
     ]
     for row in (REFERENCE, *rows):
-        lines += [f"| `{row}` | " + " | ".join(cells(each.get(row), row, count) for each in results) + " |"]
+        lines += [f"| `{row}` | " + " | ".join(cells(each.get(row), row, columns) for each in results) + " |"]
     for name, each in zip(names, results, strict=True):
-        if NEAREST in each:
+        if NEAREST in rows and NEAREST in each:
             shares = [f"`{row}` {each[row]['kl'] / each[NEAREST]['kl']:.0%}" for row in INT4 if row in each]
             lines += ["", f"{name}, share of the divergence of `{NEAREST}` that is left: {', '.join(shares)}."]
     return [" ".join(line.split()) for line in lines]
@@ -178,7 +187,7 @@ def main() -> int:
     add("--max-tokens", type=int, default=8192)
     add("--folder", type=Path, default=Path(tempfile.gettempdir()) / "octavo-formats")
     add("--speeds", action="store_true", help="measure speeds, on a machine that does nothing else")
-    add("--write", action="store_true", help=f"into {TARGET.relative_to(ROOT)}")
+    add("--write", action="store_true", help=f"into {TARGET.relative_to(ROOT)}, with --speeds also into README.md")
     options = parser.parse_args()
     rows = options.rows or [*AT_LOAD, *FILES, *(OTHER_FILES if options.llama_quantize else ()), NEAREST, *CACHES]
     pairs = [each.partition("=") for each in options.model]
@@ -194,6 +203,11 @@ def main() -> int:
     print("\n".join(lines))
     if options.write:
         TARGET.write_text(with_table(TARGET.read_text(), lines))
+        if options.speeds:
+            short = [row for row in README_ROWS if row in rows]
+            README.write_text(
+                with_table(README.read_text(), table([name for name, _, _ in pairs], results, short, README_COLUMNS))
+            )
     return 0
 
 

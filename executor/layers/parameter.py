@@ -238,7 +238,7 @@ class WeightParameter(nn.Parameter):
             pattern = torch.empty(count, dtype=torch.uint8).random_(0, 256, generator=generator)
         else:
             numbers = torch.empty(count, dtype=torch.float32).uniform_(-0.05, 0.05, generator=generator)
-            pattern = numbers.to(data.dtype)
+            pattern = numbers.half().to(data.dtype)  # scales are stored in as few bits as those of checkpoints
         width = data[0].numel() if data.dim() > 1 and len(data) else 1
         flat = data.view(-1)
         for rows in {each for part in self.parts.values() for each in part[0].ranges}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -41,14 +42,14 @@ class Weights:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.ours.tensors)
 
-    def check(self, x: Tensor, bias: Tensor | None = None) -> None:
-        """All rows at once, then some of them, by one thread and by two."""
+    def check(self, x: Tensor, bias: Tensor | None = None, counts: Sequence[int] = ROWS) -> None:
+        """Some of the rows, by one thread or by two."""
         key = self.name, x.float().numpy().tobytes(), bias is None
         if key not in _expected:
             with using("reference"):
                 _expected[key] = ops.logits(x, self.plain, bias), ops.linear(x, self.plain, bias)
         logits, product = _expected[key]
-        for count in ROWS:
+        for count in counts:
             with threads(1 + count % 2):
                 assert same_bits(ops.logits(x[:count], self.ours, bias), logits[:count])
                 assert same_bits(ops.linear(x[:count], self.ours, bias), product[:count])
@@ -88,6 +89,17 @@ def test_extreme_codes(capability: str, name: str) -> None:
     x[0], x[1] = 2.0, -2.0
     with use(capability):
         of_blocks(name, extreme_blocks(name, 34, 256), torch.float32).check(x)
+
+
+def test_many_rows_with_int8_activations(capability: str) -> None:
+    """Several tiles of rows, that blocks are decoded for anew or once, in parts of the columns where these are many."""
+    x, bias = randn(45, 800, seed=1, dtype=torch.bfloat16), randn(50, seed=2, dtype=torch.bfloat16)
+    with use(capability):
+        for name in ("Q8_0", "Q5_0", "Q4_K", "Q6_K", "IQ4_XS"):
+            of_blocks(name, blocks(name, 50, 768), torch.bfloat16).check(x[:, :768], bias, (45, 17))
+        options: Any = {"dtype": torch.bfloat16, "activations": "int8"}
+        for shift in ("none", "zeros"):
+            of_groups(50, 800, 5, 4, torch.float16, shift, **options).check(x, bias, (45, 17, 7, 1))
 
 
 @pytest.mark.parametrize(

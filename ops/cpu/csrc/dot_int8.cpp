@@ -2,6 +2,10 @@
 
 #include <utility>
 
+#if defined(OCTAVO_AMX)
+#include "amx.h"
+#endif
+
 namespace octavo {
 
 namespace {
@@ -26,12 +30,20 @@ constexpr int kRowsSharingLoads = 0;
 #endif
 constexpr int kBlocksPerPass = 8;
 
-// Of k-quants, up to so many rows' sums of all columns stay in registers; from so many on, two vectors share loads.
-constexpr int kRowsOfSupersSharingLoads = 3;
-#if defined(__AVX512F__)
-constexpr int kRowsOfSupers = kRowsKeepingSums - 1;
+// Most rows that vectors multiply. With AMX, more go through tiles.
+#if defined(OCTAVO_AMX)
+constexpr int kVectorRows = 6;
 #else
-constexpr int kRowsOfSupers = 1;
+constexpr int kVectorRows = kInt8Rows;
+#endif
+
+// Up to so many rows' sums of all columns stay in registers, and so do the scales of blocks that share a header; from
+// so many on, two vectors share loads.
+constexpr int kRowsOfHeadersSharingLoads = 3;
+#if defined(__AVX512F__)
+constexpr int kRowsOfHeaders = kRowsKeepingSums - 1;
+#else
+constexpr int kRowsOfHeaders = 1;
 #endif
 
 // Whether the upper of two codes in a byte is multiplied where it is, and the sum shifted instead.
@@ -85,6 +97,15 @@ struct PackedBlocks {
         else
             Code::template get<kLine>(codes + part, first, second);
     }
+    // All lines of half a block in order; in `buffer` if codes are not bytes.
+    const uint8_t* lines(int half, uint8_t (&buffer)[8][kLineBytes]) const {
+        using Code = typename Form::Code;
+        const uint8_t* codes = at.codes + half * Code::kHalfBytes;
+        for (int line = 0; line < Code::kHalfBytes; line += kLineBytes) prefetch(address_of(codes) + ahead + line);
+        if constexpr (std::is_same_v<Code, Bytes>) return codes;
+        decode_half<Code>(codes, buffer);
+        return buffer[0];
+    }
     void next() { at.next(); }
 };
 
@@ -116,6 +137,7 @@ struct DecodedBlocks {
         first = load_codes(at->codes[half][kLine] + part);
         second = load_codes(at->codes[half][kLine + kLines] + part);
     }
+    const uint8_t* lines(int half, uint8_t (&)[8][kLineBytes]) const { return at->codes[half][0]; }
     void next() { ++at; }
 };
 
@@ -256,24 +278,26 @@ void multiply_rows(Blocks weight, int blocks, const Int8Block* x, float* sums) {
     }
 }
 
-// The same of k-quants with few rows: sums and float16 scales stay in registers.
+// The same with few rows, of all blocks of some headers: sums and the headers' scales stay in registers.
 template <class Blocks, int kRows>
-void multiply_supers(Blocks weight, int blocks, const Int8Block* x, float* sums) {
+void multiply_headers(Blocks weight, int blocks, const Int8Block* x, float* sums) {
     using Form = typename Blocks::Form;
     using Scales = typename Form::Scales;
     constexpr int kVectors = 2 * kVectorsOfHalf;
-    constexpr int kAtOnce = kRows >= kRowsOfSupersSharingLoads && kRows <= kRowsSharingLoads ? 2 : 1;
+    constexpr int kAtOnce = kRows >= kRowsOfHeadersSharingLoads && kRows <= kRowsSharingLoads ? 2 : 1;
+    const QuantizedLayout& layout = *weight.at.layout;
     Floats kept[kVectors][kRows];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v)
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) kept[v][r] = load_floats(sums + r * kColumns + v * kIntColumns);
-    for (int k = 0; k < blocks; k += kSuperBlocks) {
+    for (int k = 0; k < blocks; k += layout.header_blocks) {
         weight.prefetch_header();
-        typename Scales::Factors factors[kVectors];
+        Factors factors[kVectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) factors[v] = Scales::factors(weight.at.header, v * kIntColumns);
-        const int end = std::min(kSuperBlocks, blocks - k);
+        for (int v = 0; v < kVectors; ++v)
+            factors[v] = Scales::factors(layout.encoding, weight.at.header, v * kIntColumns);
+        const int end = std::min(layout.header_blocks, blocks - k);
 #pragma GCC unroll 1
         for (int block = 0; block < end; ++block, x += kRows) {
             weight.prefetch_front();
@@ -294,10 +318,10 @@ void multiply_supers(Blocks weight, int blocks, const Int8Block* x, float* sums)
                     }
                 }
             }
-            weight.at.codes += weight.at.layout->block_bytes;
+            weight.at.codes += layout.block_bytes;
         }
         weight.at.header = weight.at.codes - Scales::kFrontBytes;
-        weight.at.codes += weight.at.layout->header_bytes;
+        weight.at.codes += layout.header_bytes;
     }
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v)
@@ -305,19 +329,95 @@ void multiply_supers(Blocks weight, int blocks, const Int8Block* x, float* sums)
         for (int r = 0; r < kRows; ++r) store_floats(sums + r * kColumns + v * kIntColumns, kept[v][r]);
 }
 
+#if defined(OCTAVO_AMX)
+
+// The totals of a block's products with 16 columns; of two groups, one after the other.
+template <int kGroups>
+struct TileTotals {
+    alignas(64) int32_t halves[2][kGroups][amx::kTileRows][kLanes];
+};
+
+// Products of rows with a block: a tile for each group of its k. They start from zero, since the offset of codes is
+// added to the same integers later.
+template <class Blocks>
+void multiply_block_in_tiles(const Blocks& weight, const Int8Block* x, TileTotals<Blocks::Form::kGroups>& totals) {
+    constexpr long kStride = kLanes * sizeof(int32_t);
+    uint8_t buffer[8][kLineBytes];
+    for (int half = 0; half < 2; ++half) {
+        const uint8_t* lines = weight.lines(half, buffer);
+        auto& out = totals.halves[half];
+        amx::zero<4>();
+        amx::load<0>(x->codes, sizeof *x);
+        amx::load<2>(lines, kLineBytes);
+        amx::dot_codes<4, 0, 2>();
+        amx::store<4>(out[0], kStride);
+        if constexpr (Blocks::Form::kGroups == 2) {
+            amx::zero<5>();
+            amx::load<0>(x->codes + kBlock / 2, sizeof *x);
+            amx::load<3>(lines + kLines * kLineBytes, kLineBytes);
+            amx::dot_codes<5, 0, 3>();
+            amx::store<5>(out[1], kStride);
+        }
+    }
+}
+
+// Adds the totals of a block to the sums, as above.
+template <class Form>
+void add_tile_totals(const TileTotals<Form::kGroups>& totals, const BlockScales& scales, int rows, const Int8Block* x,
+                     float* sums) {
+    constexpr int kGroups = Form::kGroups;
+    for (int half = 0; half < 2; ++half) {
+        Floats scale[kGroups], minimum[kGroups];
+        for (int g = 0; g < kGroups; ++g) {
+            scale[g] = load_floats(scales.scale[g] + half * kLanes);
+            minimum[g] = load_floats(scales.minimum[g] + half * kLanes);
+        }
+        for (int r = 0; r < rows; ++r) {
+            float* sum = sums + r * kColumns + half * kLanes;
+            const int32_t first = kGroups == 1 ? x[r].minus_sum : x[r].minus_first;
+            Totals found[kGroups];
+            for (int g = 0; g < kGroups; ++g)
+                found[g] = plus(load_totals(totals.halves[half][g][r]),
+                                total_of_offsets<Form::kOffset>(g == 0 ? first : x[r].minus_sum - first));
+            store_floats(sum, add_scaled<Form>(found, scale, minimum, x[r], load_floats(sum)));
+        }
+    }
+}
+
+// Up to 16 rows: while tiles multiply a block, the totals of the block before are added.
+template <class Blocks>
+void multiply_tiles(Blocks weight, int blocks, int rows, const Int8Block* x, float* sums) {
+    using Form = typename Blocks::Form;
+    TileTotals<Form::kGroups> totals[2];
+    BlockScales buffers[2];
+    const BlockScales* scales[2];
+    configure_tiles(rows, kBlock / Form::kGroups);
+    for (int k = 0; k < blocks; ++k, weight.next(), x += rows) {
+        scales[k % 2] = &weight.scales(buffers[k % 2]);
+        multiply_block_in_tiles(weight, x, totals[k % 2]);
+        if (k) add_tile_totals<Form>(totals[(k - 1) % 2], *scales[(k - 1) % 2], rows, x - rows, sums);
+    }
+    add_tile_totals<Form>(totals[(blocks - 1) % 2], *scales[(blocks - 1) % 2], rows, x - rows, sums);
+}
+
+#endif
+
 template <class Blocks>
 using MultiplyRows = void (*)(Blocks, int, const Int8Block*, float*);
 
 template <class Blocks, int... kIndices>
-void multiply_supers_of(const Blocks& weight, int blocks, int rows, const Int8Block* x, float* sums,
-                        std::integer_sequence<int, kIndices...>) {
-    static constexpr MultiplyRows<Blocks> kTable[] = {multiply_supers<Blocks, kIndices + 1>...};
+void multiply_headers_of(const Blocks& weight, int blocks, int rows, const Int8Block* x, float* sums,
+                         std::integer_sequence<int, kIndices...>) {
+    static constexpr MultiplyRows<Blocks> kTable[] = {multiply_headers<Blocks, kIndices + 1>...};
     kTable[rows - 1](weight, blocks, x, sums);
 }
 
 template <class Blocks, int... kIndices>
 void choose_rows(const Blocks& weight, int blocks, int rows, const Int8Block* x, float* sums,
                  std::integer_sequence<int, kIndices...>) {
+#if defined(OCTAVO_AMX)
+    if (rows > kVectorRows) return multiply_tiles(weight, blocks, rows, x, sums);
+#endif
     static constexpr MultiplyRows<Blocks> kTable[] = {multiply_rows<Blocks, kIndices + 1>...};
     kTable[rows - 1](weight, blocks, x, sums);
 }
@@ -325,16 +425,25 @@ void choose_rows(const Blocks& weight, int blocks, int rows, const Int8Block* x,
 // Products of some rows with blocks of k of 32 columns.
 template <class F>
 inline void multiply(const Source& from, int blocks, int rows, const Int8Block* x, float* sums) {
-    if constexpr (F::Scales::kHasFactors) {
+    if constexpr (F::kIsInteger && F::Scales::kHasFactors) {
         using Packed = PackedBlocks<F, kMultipliesInPlace<typename F::Code>>;
-        if (rows <= kRowsOfSupers)
-            return multiply_supers_of(Packed{from.at, from.ahead, from.distance, from.first_line, from.step}, blocks,
-                                      rows, x, sums, std::make_integer_sequence<int, kRowsOfSupers>());
+        if (rows <= kRowsOfHeaders && from.first_line == kNoLine && from.at.index == 0)
+            return multiply_headers_of(Packed{from.at, from.ahead, from.distance, from.first_line, from.step}, blocks,
+                                       rows, x, sums, std::make_integer_sequence<int, kRowsOfHeaders>());
     }
     if constexpr (F::kIsInteger)
         choose_rows(PackedBlocks<F>{from.at, from.ahead, from.distance, from.first_line, from.step}, blocks, rows, x,
-                    sums, std::make_integer_sequence<int, kInt8Rows>());
+                    sums, std::make_integer_sequence<int, kVectorRows>());
 }
+
+// Formats of which blocks are decoded once for many tiles of rows, if not in no time. Tiles of AMX read bytes.
+#if defined(OCTAVO_AMX)
+template <class F>
+constexpr bool kIsBetterDecoded = F::kIsInteger && !std::is_same_v<typename F::Code, Bytes>;
+#else
+template <class F>
+constexpr bool kIsBetterDecoded = F::Scales::kIsSuper;
+#endif
 
 // How far ahead weights are prefetched for so many rows; 0: the CPU does so by itself.
 uintptr_t bytes_ahead(const QuantizedLayout& layout, int rows) {
@@ -408,14 +517,18 @@ void dot_int8_blocks(const QuantizedLayout& layout, const uint8_t* weight, int r
     });
 }
 
+bool is_better_decoded(const QuantizedLayout& layout) {
+    return with_form(layout.encoding, [](auto form) { return kIsBetterDecoded<decltype(form)>; });
+}
+
 void dot_decoded(const QuantizedLayout& layout, const DecodedBlock* panel, int blocks, int rows, const Int8Block* x,
                  float* sums) {
     with_form(layout.encoding, [&](auto form) {
         using F = decltype(form);
-        if constexpr (F::Scales::kIsSuper) {
+        if constexpr (kIsBetterDecoded<F>) {
             using Decoded = DecodedForm<decoded_bits(F::kBits), F::kOffset, F::kGroups, F::kHasMinimum>;
             choose_rows(DecodedBlocks<Decoded>{panel}, blocks, rows, x, sums,
-                        std::make_integer_sequence<int, kInt8Rows>());
+                        std::make_integer_sequence<int, kVectorRows>());
         }
     });
 }
@@ -426,7 +539,7 @@ void decode_blocks(const QuantizedLayout& layout, const uint8_t* weight, int k, 
         const uint8_t* end = Cursor::at(layout, weight, k + blocks).codes;
         const int64_t bytes = end - at.codes;
         for (int64_t line = 0; line < bytes; line += kCacheLineBytes) prefetch(address_of(end) + line);
-        if constexpr (decltype(form)::Scales::kIsSuper)
+        if constexpr (kIsBetterDecoded<decltype(form)>)
             for (int i = 0; i < blocks; ++i, at.next()) decode<decltype(form)>(at, out[i]);
     });
 }

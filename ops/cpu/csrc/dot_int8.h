@@ -24,7 +24,9 @@ template <class T>
 void quantize_row(const T* x, int columns, Int8Block* out, int64_t stride);
 
 // Most rows per call.
-#if defined(__AVX512F__)
+#if defined(OCTAVO_AMX)
+constexpr int kInt8Rows = 16;
+#elif defined(__AVX512F__)
 constexpr int kInt8Rows = 6;
 #elif defined(__AVX2__)
 constexpr int kInt8Rows = 6;
@@ -51,7 +53,10 @@ void dot_int8(const QuantizedLayout& layout, const uint8_t* weight, const Range&
 void dot_int8_blocks(const QuantizedLayout& layout, const uint8_t* weight, int row_blocks, int rows, const Int8Block* x,
                      float* sums);
 
-// The same in parts, of `blocks` decoded blocks of a k-quant.
+// Whether blocks had better be decoded first, once for many tiles of rows.
+bool is_better_decoded(const QuantizedLayout& layout);
+
+// The same in parts, of `blocks` decoded blocks.
 void dot_decoded(const QuantizedLayout& layout, const DecodedBlock* panel, int blocks, int rows, const Int8Block* x,
                  float* sums);
 

@@ -134,11 +134,25 @@ inline Vec load_as(const uint8_t* p, int32_t type, int first) {
 
 inline int scale_bytes(int32_t type) { return type == kFloat32 ? 4 : type > kFloat32 ? 1 : 2; }
 
+// The same of a vector of columns.
+inline Floats floats_as(const uint8_t* p, int32_t type, int column) {
+    if (type == kFloat16) return to_floats(reinterpret_cast<const Float16*>(p) + column);
+    alignas(64) float numbers[kLanes];
+    store(numbers, load_as(p, type, column / kLanes * kLanes));
+    return load_floats(numbers + column % kLanes);
+}
+
+// What scales have for a vector of columns, for all blocks that share a header.
+struct Factors {
+    Floats scale;
+    Floats minimum;
+};
+
 // A scale for a group of any multiple of 32 columns; if shifted, also a zero (uint8) or a minimum.
 template <bool kShifted>
 struct GroupScales {
     static constexpr bool kIsSuper = false;
-    static constexpr bool kHasFactors = false;
+    static constexpr bool kHasFactors = true;
     static constexpr int kFrontBytes = 0;
     static constexpr int kGroups = 1;
     static constexpr bool kHasMinimum = kShifted;
@@ -161,6 +175,19 @@ struct GroupScales {
                     store(out.minimum[0] + i, zero() - scale * load_integers(rest + i));
             }
         }
+    }
+
+    static Factors factors(const OctavoEncoding& encoding, const uint8_t* header, int column) {
+        const uint8_t* rest = header + kColumns * scale_bytes(encoding.scale_type);
+        const Floats scale = floats_as(header, encoding.scale_type, column), none = splat_floats(0.0f);
+        if (!kShifted) return {scale, none};
+        if (encoding.shift == kMinimums) return {scale, floats_as(rest, encoding.scale_type, column)};
+        return {scale, minus(none, multiply(scale, to_floats(rest + column)))};
+    }
+    static void get(const Factors& factors, const uint8_t*, const uint8_t*, int, int, Floats (&scale)[1],
+                    Floats (&minimum)[1]) {
+        scale[0] = factors.scale;
+        minimum[0] = factors.minimum;
     }
 };
 
@@ -198,11 +225,7 @@ struct SuperScales {
     }
 
     // The float16 scales of a vector of columns.
-    struct Factors {
-        Floats scale;
-        Floats minimum;
-    };
-    static Factors factors(const uint8_t* header, int column) {
+    static Factors factors(const OctavoEncoding&, const uint8_t* header, int column) {
         const Float16* scales = reinterpret_cast<const Float16*>(header) + column;
         return {to_floats(scales), kMinimum ? to_floats(scales + kColumns) : splat_floats(0.0f)};
     }
@@ -432,30 +455,28 @@ struct DecodedBlock {
     BlockScales scales;
 };
 
-template <class Form>
-inline void decode_codes(const uint8_t* codes, DecodedBlock& out) {
-    using Code = typename Form::Code;
-    for (int half = 0; half < 2; ++half) {
-        for (int part = 0; part < kLineBytes; part += kIntColumns * 4) {
-            const uint8_t* source = codes + half * Code::kHalfBytes + part;
-            const auto line = [&](auto number) {
-                constexpr int kLine = decltype(number)::value;
-                Codes first, second;
-                Code::template get<kLine>(source, first, second);
-                store_codes(out.codes[half][kLine] + part, first);
-                store_codes(out.codes[half][kLine + 4] + part, second);
-            };
-            line(std::integral_constant<int, 0>());
-            line(std::integral_constant<int, 1>());
-            line(std::integral_constant<int, 2>());
-            line(std::integral_constant<int, 3>());
-        }
+// Half a block, as lines of bytes.
+template <class Code>
+inline void decode_half(const uint8_t* codes, uint8_t (&lines)[8][kLineBytes]) {
+    for (int part = 0; part < kLineBytes; part += kIntColumns * 4) {
+        const auto line = [&](auto number) {
+            constexpr int kLine = decltype(number)::value;
+            Codes first, second;
+            Code::template get<kLine>(codes + part, first, second);
+            store_codes(lines[kLine] + part, first);
+            store_codes(lines[kLine + 4] + part, second);
+        };
+        line(std::integral_constant<int, 0>());
+        line(std::integral_constant<int, 1>());
+        line(std::integral_constant<int, 2>());
+        line(std::integral_constant<int, 3>());
     }
 }
 
 template <class Form>
 inline void decode(const Cursor& at, DecodedBlock& out) {
-    decode_codes<Form>(at.codes, out);
+    using Code = typename Form::Code;
+    for (int half = 0; half < 2; ++half) decode_half<Code>(at.codes + half * Code::kHalfBytes, out.codes[half]);
     Form::Scales::get(at.layout->encoding, at.rows, at.header, at.codes, at.index, out.scales);
 }
 

@@ -11,8 +11,7 @@ namespace {
 // Rows that stay in the L2 cache while panels of weights pass by.
 constexpr int64_t kRowBytesPerGroup = 256 << 10;
 
-// With fewer tiles than this, decoding a k-quant for each costs less than storing it decoded. Other formats are decoded
-// in no time.
+// With fewer tiles than this, decoding blocks for each costs less than storing them decoded.
 constexpr int kMinTilesPerPanel = 3;
 
 // Blocks of k that stay in the L1 cache beside rows.
@@ -162,7 +161,7 @@ void multiply_group(const OctavoLinear& op, const QuantizedLayout& layout, const
                     const Columns& columns, const Int8Rows& rows, const Range& tiles, DecodedBlock* panel, float* sums,
                     size_t num_sums) {
     std::memset(sums, 0, num_sums * sizeof(float));
-    if (is_super(layout.encoding.format) && tiles.end - tiles.begin >= kMinTilesPerPanel)
+    if (tiles.end - tiles.begin >= kMinTilesPerPanel && is_better_decoded(layout))
         multiply_decoded(layout, weight, rows, tiles, panel, sums);
     else
         multiply_directly(layout, weight, rows, tiles, sums);
@@ -455,6 +454,18 @@ size_t staged_quantized_bytes(const OctavoLinear& op) {
     if (op.weight.rounding == kByBlock) return blocks * sizeof(Int8Block);
     if (op.weight.rounding == kByRow) return bytes_of_tokens(1, op.weight.columns);
     return with_type(op.type, [&](auto number) { return blocks * kBlock * sizeof(LeftOf<decltype(number)>); });
+}
+
+Ahead quantized_ahead(const OctavoLinear& op, const Team& team) {
+    const int blocks = row_blocks(op.weight);
+    const int parts = divide(1, blocks, team.index, team.size).parts;
+    Ahead result;
+    each_segment_of(op.weight, share(blocks, team.index % parts, parts),
+                    [&](const QuantizedLayout& layout, const uint8_t* rows, const auto& columns) {
+                        if (result.begin == result.end)
+                            result = {address_of(rows), address_of(rows) + columns.count * layout.stride()};
+                    });
+    return result;
 }
 
 uintptr_t address_of_quantized_block(const OctavoLinear& op, int block) {
