@@ -54,7 +54,6 @@ SPEED_TOKENS = 128
 TARGET = ROOT / "docs" / "quantization.md"
 README = ROOT / "README.md"
 README_ROWS = ("int8@int8", "Q8_0", "int4@int8", "Q4_K_M")
-README_COLUMNS = ("MB", "NLL", "tokens/s")
 """Beside the reference."""
 START = "<!-- scripts/eval_formats.py writes this table -->\n"
 END = "<!-- end of the table -->\n"
@@ -187,7 +186,7 @@ def main() -> int:
     add("--max-tokens", type=int, default=8192)
     add("--folder", type=Path, default=Path(tempfile.gettempdir()) / "octavo-formats")
     add("--speeds", action="store_true", help="measure speeds, on a machine that does nothing else")
-    add("--write", action="store_true", help=f"into {TARGET.relative_to(ROOT)}, with --speeds also into README.md")
+    add("--write", action="store_true", help=f"into {TARGET.relative_to(ROOT)} and {README.name}")
     options = parser.parse_args()
     rows = options.rows or [*AT_LOAD, *FILES, *(OTHER_FILES if options.llama_quantize else ()), NEAREST, *CACHES]
     pairs = [each.partition("=") for each in options.model]
@@ -203,11 +202,9 @@ def main() -> int:
     print("\n".join(lines))
     if options.write:
         TARGET.write_text(with_table(TARGET.read_text(), lines))
-        if options.speeds:
-            short = [row for row in README_ROWS if row in rows]
-            README.write_text(
-                with_table(README.read_text(), table([name for name, _, _ in pairs], results, short, README_COLUMNS))
-            )
+        short = [row for row in README_ROWS if row in rows]
+        lines = table([name for name, _, _ in pairs], results, short, [each for each in columns if each != "KL"])
+        README.write_text(with_table(README.read_text(), lines))
     return 0
 
 

@@ -65,8 +65,9 @@ def test_the_table_of_formats() -> None:
         "",
         share,
     ]
-    page = eval_formats.TARGET.read_text()
-    assert page.count(eval_formats.START) == page.count(eval_formats.END) == 1
-    written = eval_formats.with_table(page, lines)
-    assert written == eval_formats.with_table(written, lines)
-    assert written.partition(eval_formats.END)[2] == page.partition(eval_formats.END)[2]
+    for file in (eval_formats.TARGET, eval_formats.README):
+        page = file.read_text()
+        assert page.count(eval_formats.START) == page.count(eval_formats.END) == 1
+        written = eval_formats.with_table(page, lines)
+        assert written == eval_formats.with_table(written, lines)
+        assert written.partition(eval_formats.END)[2] == page.partition(eval_formats.END)[2]

@@ -422,10 +422,15 @@ void choose_rows(const Blocks& weight, int blocks, int rows, const Int8Block* x,
     kTable[rows - 1](weight, blocks, x, sums);
 }
 
+// Formats whose headers' scales are kept in registers. Of codes of 8 bits, that is slower: memory is the limit.
+template <class F>
+constexpr bool kKeepsHeaders =
+    F::kIsInteger && F::Scales::kHasFactors && (F::Scales::kIsSuper || !std::is_same_v<typename F::Code, Bytes>);
+
 // Products of some rows with blocks of k of 32 columns.
 template <class F>
 inline void multiply(const Source& from, int blocks, int rows, const Int8Block* x, float* sums) {
-    if constexpr (F::kIsInteger && F::Scales::kHasFactors) {
+    if constexpr (kKeepsHeaders<F>) {
         using Packed = PackedBlocks<F, kMultipliesInPlace<typename F::Code>>;
         if (rows <= kRowsOfHeaders && from.first_line == kNoLine && from.at.index == 0)
             return multiply_headers_of(Packed{from.at, from.ahead, from.distance, from.first_line, from.step}, blocks,

@@ -423,18 +423,12 @@ void fetch_first(const OctavoLinear& linear, int block) {
     for (int64_t line = 0; line < kFirstBytes; line += kCacheLine) prefetch(first + line);
 }
 
-// What this thread will read first of the weights of all experts. Its first lines are prefetched.
+// The same of this thread's share, before it can be multiplied.
 template <class Make>
-Ahead fetch_share(const Sorted& sorted, const Team& team, Make make) {
-    const OctavoLinear any = make(sorted.touched[0]);
-    const int blocks = row_blocks_of(any);
+void fetch_share(const Sorted& sorted, const Team& team, Make make) {
+    const int blocks = row_blocks_of(make(sorted.touched[0]));
     const Range mine = team.share(sorted.num_touched * blocks);
-    if (mine.begin == mine.end) return {};
-    const int first = mine.begin % blocks, count = std::min(blocks - first, mine.end - mine.begin);
-    const uintptr_t begin = address_of_block(make(sorted.touched[mine.begin / blocks]), first);
-    Ahead ahead = {begin, begin + std::min<uintptr_t>(count * block_bytes_of(any), kMostAheadBytes)};
-    ahead.fetch(kFirstBytes / kCacheLine);
-    return ahead;
+    if (mine.begin < mine.end) fetch_first(make(sorted.touched[mine.begin / blocks]), mine.begin % blocks);
 }
 
 // Divides the products of all experts with their weights into tasks: some blocks of 32 columns of one.
@@ -506,12 +500,12 @@ const int32_t* adapters_of(const Sorted& sorted, size_t rows, const int32_t* of_
     return result;
 }
 
-// Waits until the results of gates and ups are complete, or no longer needed. Meanwhile, it fetches what is ahead.
-void wait_for_inner(const OctavoExperts& op, const OctavoStep& step, const Team& team, Ahead& ahead) {
+// Waits until the results of gates and ups are complete, or no longer needed.
+void wait_for_inner(const OctavoExperts& op, const OctavoStep& step, const Team& team) {
     if (op.inner)
         wait(team, *step.ranks);
     else
-        team.wait([&] { ahead.fetch(kLinesPerLook); });
+        team.wait();
 }
 
 template <class T>
@@ -558,10 +552,10 @@ void run_piece(const OctavoExperts& op, const OctavoStep& step, const Between& s
             team.wait();
         }
         multiply_all(sorted, team, gate_up, [&](int expert) { return piece.staged_x_of(expert); });
-        Ahead ahead = fetch_share(sorted, team, down);
-        wait_for_inner(op, step, team, ahead);
+        fetch_share(sorted, team, down);
+        wait_for_inner(op, step, team);
         stage_inner(piece, team);
-        team.wait([&] { ahead.fetch(kLinesPerLook); });
+        team.wait();
         multiply_all(sorted, team, down, [&](int expert) { return piece.staged_inner_of(expert); });
         team.wait();
     }
@@ -594,8 +588,7 @@ void run_experts(const OctavoExperts& op, const OctavoStep& step, const Team& te
     with_type(op.type, [&](auto number) {
         for (int first = 0; first < step.num_tokens; first += at_once) {
             const Scratch::Mark mark = team.scratch.mark();
-            Ahead nothing;
-            if (first) wait_for_inner(op, step, team, nothing);  // the memory is used again
+            if (first) wait_for_inner(op, step, team);  // the memory is used again
             run_piece<decltype(number)>(op, step, sizes, {first, std::min(first + at_once, step.num_tokens)}, team);
             team.scratch.release(mark);
         }

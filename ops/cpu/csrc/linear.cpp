@@ -222,18 +222,6 @@ void multiply_plain_part(const OctavoLinear& op, int num_rows, const LeftOf<T>* 
 }
 
 template <class T>
-Ahead plain_ahead(const OctavoLinear& op, const Team& team) {
-    const PackedShape shape(op.weight);
-    const int64_t block_bytes = shape.block_stride() * static_cast<int64_t>(sizeof(T));
-    const int chunk = static_cast<int>(std::max<int64_t>(1, kChunkBytesPerTile / block_bytes));
-    const int parts = divide(1, shape.row_blocks(), team.index, team.size).parts;
-    const Range mine = share(blocks_of(shape.row_blocks(), chunk), team.index % parts, parts);
-    const uintptr_t weight = address_of(op.weight.data);
-    return {weight + mine.begin * chunk * block_bytes,
-            weight + std::min(mine.end * chunk, shape.row_blocks()) * block_bytes};
-}
-
-template <class T>
 void linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
     const int num_rows = num_rows_of(op, step);
     if (num_rows == 0) return;
@@ -297,12 +285,6 @@ void run_linear(const OctavoLinear& op, const OctavoStep& step, const Team& team
     const OctavoAdapterRows* adapters = adapter_rows(op, step);
     if (adapters) return run_adapted(op, step, *adapters, team);
     run_product(op, step, team);
-}
-
-Ahead ahead_of(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
-    if (num_rows_of(op, step) > most_rows(op) || adapter_rows(op, step)) return {};
-    if (op.weight.num_segments) return quantized_ahead(op, team);
-    return with_type(op.type, [&](auto number) { return plain_ahead<decltype(number)>(op, team); });
 }
 
 int most_rows(const OctavoLinear& op) {

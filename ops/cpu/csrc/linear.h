@@ -199,11 +199,7 @@ void stage_tile(const OctavoLinear& op, const OctavoStep& step, int rows, int ti
 // Products of all staged rows with some blocks of the weight, with the op's epilogue.
 void multiply_part(const OctavoLinear& op, int rows, const void* staged, const Range& blocks, const Team& team);
 
-// The bytes of its weight that this thread will read first, of few rows; none of many.
-Ahead ahead_of(const OctavoLinear& op, const OctavoStep& step, const Team& team);
-
 // The same for quantised weights.
-Ahead quantized_ahead(const OctavoLinear& op, const Team& team);
 int most_quantized_rows(const OctavoLinear& op);
 size_t staged_quantized_bytes(const OctavoLinear& op);
 int quantized_row_blocks(const OctavoLinear& op);

@@ -456,18 +456,6 @@ size_t staged_quantized_bytes(const OctavoLinear& op) {
     return with_type(op.type, [&](auto number) { return blocks * kBlock * sizeof(LeftOf<decltype(number)>); });
 }
 
-Ahead quantized_ahead(const OctavoLinear& op, const Team& team) {
-    const int blocks = row_blocks(op.weight);
-    const int parts = divide(1, blocks, team.index, team.size).parts;
-    Ahead result;
-    each_segment_of(op.weight, share(blocks, team.index % parts, parts),
-                    [&](const QuantizedLayout& layout, const uint8_t* rows, const auto& columns) {
-                        if (result.begin == result.end)
-                            result = {address_of(rows), address_of(rows) + columns.count * layout.stride()};
-                    });
-    return result;
-}
-
 uintptr_t address_of_quantized_block(const OctavoLinear& op, int block) {
     uintptr_t result = 0;
     each_segment_of(op.weight, {block, block + 1},

@@ -6,7 +6,6 @@
 
 #include "dot.h"
 #include "kernels.h"
-#include "linear.h"
 #include "ranks.h"
 #include "team_size.h"
 
@@ -115,27 +114,6 @@ size_t workspace_bytes(const OctavoNode* nodes, int count, const OctavoStep& ste
     return bytes;
 }
 
-// Lines that are on their way while a thread prepares the rows that it multiplies.
-constexpr int kLinesOnTheWay = 64;
-
-// Waits for the other threads before an op. Memory would stand still meanwhile, and until the first product.
-void wait_before(const OctavoNode& next, const OctavoStep& step, const Team& team) {
-    if (next.op != kOpLinear) return team.wait();
-    const OctavoLinear& linear = *static_cast<const OctavoLinear*>(next.args);
-    Ahead ahead;
-    bool is_known = false;
-    const auto fetch = [&](int lines) {
-        if (!is_known) {
-            ahead = ahead_of(linear, step, team);
-            ahead.end = std::min(ahead.end, ahead.begin + kMostAheadBytes);
-            is_known = true;
-        }
-        ahead.fetch(lines);
-    };
-    team.wait([&] { fetch(kLinesPerLook); });
-    fetch(kLinesOnTheWay);
-}
-
 void run_list(const OctavoNode* nodes, int count, const OctavoStep& step, const Team& team) {
     double* times = team.index < profiled_threads ? profile + 2 * team.index : nullptr;
     for (int i = 0; i < count; ++i) {
@@ -146,7 +124,7 @@ void run_list(const OctavoNode* nodes, int count, const OctavoStep& step, const 
         if (nodes[i].meets)
             wait(team, *step.ranks);
         else if (i + 1 < count)
-            wait_before(nodes[i + 1], step, team);
+            team.wait();
         if (times) times += 2 * profiled_threads;
     }
     release_tiles();

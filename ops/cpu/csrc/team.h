@@ -10,8 +10,6 @@
 #include <new>
 #include <vector>
 
-#include "simd.h"
-
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -68,22 +66,6 @@ private:
     std::atomic<uint64_t> ends_{0};  // how many from the beginning, and in the upper half from the end
 };
 
-// How much of the weights that it will read next a waiting thread fetches at most, a part of the L2 cache, and how many
-// lines between two looks at the others.
-constexpr uintptr_t kMostAheadBytes = 128 << 10;
-constexpr int kLinesPerLook = 4;
-
-// Memory that a thread will read soon.
-struct Ahead {
-    uintptr_t begin = 0;
-    uintptr_t end = 0;
-
-    // Prefetches the next lines of it.
-    void fetch(int lines) {
-        for (int i = 0; i < lines && begin < end; ++i, begin += kCacheLine) prefetch(begin);
-    }
-};
-
 // State that all threads share.
 struct Shared {
     // A waiting thread sleeps after this many spins, about 30 us: threads that share their cores with other programs
@@ -105,12 +87,6 @@ struct Shared {
     // The same; the thread that arrives last calls `last` before any returns.
     template <class F>
     void wait(int index, int size, double& asleep, F last) {
-        wait(index, size, asleep, last, [] {});
-    }
-
-    // The same; those that wait call `idle` again and again, which takes no time to speak of.
-    template <class F, class G>
-    void wait(int index, int size, double& asleep, F last, G idle) {
         const int before = generation.load(std::memory_order_relaxed);
         shares_of(index, before + 1).restart();  // nobody has used it since the last barrier
         if (size == 1 || arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
@@ -123,7 +99,6 @@ struct Shared {
         }
         for (int i = 0; i < kSpins; ++i) {
             if (generation.load(std::memory_order_acquire) != before) return;
-            idle();
             relax();
         }
         const double begin = seconds();
@@ -214,11 +189,6 @@ struct Team {
     double& asleep;  // seconds, at barriers
 
     void wait() const { shared.wait(index, size, asleep); }
-    // Calls `idle` meanwhile; see `Shared::wait`.
-    template <class F>
-    void wait(F idle) const {
-        shared.wait(index, size, asleep, [] {}, idle);
-    }
     Range share(int n) const { return octavo::share(n, index, size); }
 
     // Divides n items among `parts` threads that follow each other, of which this is one. Calls `function(item, end)`
