@@ -191,7 +191,6 @@ class LLMOptions(TypedDict, total=False):
     max_seq_len_to_capture: object
     max_context_len_to_capture: object
     performance_mode: object
-    disable_custom_all_reduce: object
     enable_flashinfer_autotune: object
     kernel_config: object
     linear_backend: object
@@ -231,6 +230,7 @@ class LLMOptions(TypedDict, total=False):
     enable_eplb: object
     eplb_config: object
     expert_placement_strategy: object
+    disable_custom_all_reduce: object
     enable_ep_weight_filter: object
     enable_dbo: object
     dbo_decode_token_threshold: object

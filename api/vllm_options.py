@@ -119,7 +119,7 @@ TABLE = (
         "model capture needs no configuration",
         "-O optimization_level -cc compilation_config cudagraph_capture_sizes:list max_cudagraph_capture_size "
         "max_seq_len_to_capture max_context_len_to_capture performance_mode=balanced "
-        "disable_custom_all_reduce:bool enable_flashinfer_autotune:bool kernel_config linear_backend=auto "
+        "enable_flashinfer_autotune:bool kernel_config linear_backend=auto "
         "moe_backend=auto monokernel:bool ir_op_priority jit_monitor_mode=warn jit_monitor_verbose:bool "
         "use_fp64_gumbel:bool attention_config disable_cascade_attn:bool sparse_indexer_topk_backend=auto "
         "gdn_prefill_backend kda_prefill_backend kda_decode_backend mamba_backend mamba_ssu_algorithm "
@@ -134,6 +134,7 @@ TABLE = (
         Verdict.NOTED,
         "workers share a model without this option",
         "-ep enable_expert_parallel:bool enable_eplb:bool eplb_config expert_placement_strategy "
+        "disable_custom_all_reduce:bool "
         "enable_ep_weight_filter:bool enable_dbo:bool dbo_decode_token_threshold dbo_prefill_token_threshold "
         "ubatch_size=0 distributed_timeout_seconds cpu_distributed_timeout_seconds "
         "max_parallel_loading_workers ray_workers_use_nsight:bool "

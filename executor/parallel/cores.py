@@ -109,5 +109,5 @@ def about_ranks(cores: Sequence[Collection[int]], nodes: Mapping[int, frozenset[
     if len({core for own in cores for core in own}) < sum(map(len, cores)):
         return f"{text}: they share some, and wait for each other; use fewer"
     if len(nodes) < 2:
-        return f"{text}; on one NUMA node, they are no faster than threads"
+        return f"{text}; on CPUs of one NUMA node, they are no faster than threads"
     return text

@@ -113,7 +113,7 @@ def test_ranks_have_cores_of_their_own(tmp_path: Path) -> None:
     assert thread_places((0, 2), two, tmp_path) == {} == thread_places(range(8), {}, tmp_path), "one node"
     assert numa_nodes(tmp_path / "none") == {}
     assert about_ranks([(0, 2, 4, 6), (1, 3, 5, 7)], nodes) == "ranks run on cores 0,2,4,6 | 1,3,5,7"
-    assert about_ranks([(0,), (1,)], {}).endswith("on one NUMA node, they are no faster than threads")
+    assert about_ranks([(0,), (1,)], {}).endswith("on CPUs of one NUMA node, they are no faster than threads")
     assert "they share some" in about_ranks([(4,), (5,), (4,)], nodes)
 
 

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 import ops
+from executor.graphs import Program
+from ops import dispatch
+from ops.dispatch import Spec
 from tests.ops.cpu import randn
 from tests.triton_interpreter import ORDERS, Order, grid_order
 
 collectives: Any = pytest.importorskip("ops.triton.collectives")
 launch: Any = pytest.importorskip("ops.triton.launch")
+op_set: Any = pytest.importorskip("ops.triton.op_set")
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -100,3 +104,36 @@ def test_ids_of_a_shard(ids: Sequence[int]) -> None:
     expected = ops.shard_ids.reference(given, 3, 2)
     for ours, theirs in zip(collectives.shard_ids(given, 3, 2), expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_meetings_in_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From ids to logits, in which ranks meet in all ways; what surrounds the meetings is fused."""
+    monkeypatch.setitem(dispatch._used, "cpu", op_set.TritonOps())
+    table, inner, outer, head = (
+        randn(*shape, seed=seed) for seed, shape in enumerate(((6, 32), (32, 32), (32, 32), (6, 32)))
+    )
+    ids, rows = torch.tensor([5, 0, 3], dtype=torch.int32), torch.arange(3)
+    columns, widths = (slice(0, 16), slice(16, 32)), (4, 2)
+    shards, words = (slice(0, 3), slice(3, 6)), (slice(0, 4), slice(4, 6))
+
+    def run(turn: Turn) -> Tensor:
+        own, size = turn.rank, Spec("tokens", 1, torch.int32)
+        program = Program("cpu", max_tokens=3, max_samples=3)
+        given: Any = program.input("input_ids", size)
+        communicator: Any = turn
+        local, is_here = ops.shard_ids(given, shards[own].start, 3)
+        hidden = ops.select_rows(ops.embedding(local, table[shards[own]].contiguous()), communicator, is_here)
+        middle = ops.linear(hidden, inner[columns[own]].contiguous())
+        hidden = hidden + ops.all_reduce(ops.linear(middle, outer[:, columns[own]].contiguous()), communicator)
+        normed = ops.rms_norm(hidden, torch.ones(32), 1e-5)
+        logits = ops.linear(normed, head[words[own]].contiguous())
+        program.finish(ops.all_gather(logits, communicator, widths))
+        assert [node.name for node in program.runner._nodes].count("add_rms_norm") == 1  # type: ignore[union-attr]
+        return program.replay({"input_ids": ids, "logits_rows": rows})[0].clone()
+
+    hidden = table[ids.long()]
+    hidden = hidden + hidden @ inner.t() @ outer.t()
+    normed = torch.nn.functional.rms_norm(hidden, (32,), torch.ones(32), 1e-5)
+    first, second = on_ranks(2, run, num_exchanges=3)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, normed @ head.t(), rtol=1e-4, atol=1e-4)
