@@ -10,7 +10,15 @@ from typing import Any
 
 import zmq
 
-from engine_core.config import CacheConfig, DeviceConfig, EngineConfig, ExecutorConfig, ModelConfig, ParallelConfig
+from engine_core.config import (
+    CacheConfig,
+    DeviceConfig,
+    EngineConfig,
+    ExecutorConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+)
 from engine_core.core import EngineCore, create_executor
 from engine_core.messages import EngineReady, ResolvedParams, ToEngineCore
 from tests.null.core_harness import Harness, make_request
@@ -25,6 +33,7 @@ class Ranks(Harness):
     def __init__(self, model: Path, ipc_dir: Path, parallel: ParallelConfig, device: str = "cpu") -> None:
         config = EngineConfig(
             cache=CacheConfig(kv_cache_memory=64 << 20),
+            scheduler=SchedulerConfig(max_num_seqs=8),
             executor=ExecutorConfig(
                 model=ModelConfig(model=str(model), dtype="float32", max_model_len=512),
                 parallel=parallel,

@@ -22,7 +22,7 @@ def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-MAX_TOKENS = 40
+MAX_TOKENS = 24
 
 
 @pytest.mark.timeout(300)
