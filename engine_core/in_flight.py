@@ -35,7 +35,7 @@ class InFlight:
     sampled: Bools
     """Rows that sample."""
     allowances: I64 | None
-    """Maximum drafts that the worker may verify in each row; None: none."""
+    """Maximum drafts that the worker may verify in each row, in all steps together; None: none."""
     grammar_rows: I64
     """Rows whose sampling waits for the step's ``GrammarMask``, in the mask's order."""
     num_tokens: int

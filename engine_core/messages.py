@@ -418,7 +418,9 @@ class EngineCoreOutput(Message, frozen=True):
     error_param: str | None = None
     """Set if the client is at fault: the field to blame, or an empty string if none in particular."""
     num_draft_tokens: int = 0
-    """Drafts that the step verified for the request. The accepted ones precede the last of ``new_token_ids``."""
+    """Drafts that were verified for the request."""
+    num_accepted_tokens: int = 0
+    """How many of ``new_token_ids`` are accepted drafts."""
     is_culprit: bool = False
     """The request killed workers repeatedly and must not be retried soon."""
 
@@ -447,8 +449,9 @@ class EngineCoreOutputs(Message, frozen=True):
     num_tokens: bytes = b""
     """uint8 [n]: tokens per row of the columns. Empty: one per row."""
     num_draft_tokens: bytes = b""
-    """uint8 [n]: drafts that the step verified in each row of the columns; all tokens but the last of a row are
-    accepted ones. Empty: none in any row."""
+    """uint8 [n]: drafts that were verified in each row of the columns. Empty: none in any row."""
+    num_accepted_tokens: bytes = b""
+    """uint8 [n]: how many of its tokens are accepted drafts. Empty: none in any row."""
 
     def pieces(self) -> Iterator[EngineCoreOutputs]:
         """Splits into messages of at most ``MAX_OUTPUTS`` outputs, so that none blocks the api for long.

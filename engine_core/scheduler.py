@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -111,7 +112,9 @@ class Scheduler:
         """Results in a row that came without drafts."""
         self.lanes = Lanes(num_stages, config.max_num_seqs)
         self._retries_drafts = has_late_results and num_stages == 1
-        self.steps_per_plan = StepsPerPlan(config, num_stages=num_stages, has_late_results=has_late_results)
+        self.steps_per_plan = StepsPerPlan(
+            config, max_draft_tokens, num_stages=num_stages, has_late_results=has_late_results
+        )
         self._step_id = 0
 
     # -- requests come and go ------------------------------------------------------------------------------
@@ -178,7 +181,7 @@ class Scheduler:
             return None
         if new_reqs:
             self._num_barren = 0
-        has_drafts = self._plan_drafts(slots, counts, 0 if preempted else num_running, updates)
+        has_drafts = self._plan_drafts(slots, counts, 0 if preempted else num_running, updates, num_steps)
         ends, open_drafts = table.num_scheduled[slots], table.num_open_drafts[slots]
         sampled, allowances = table.note_samples(slots, has_drafts=has_drafts, num_steps=num_steps)
         grammar_rows = (sampled & table.has_grammar[slots]).nonzero()[0]
@@ -208,7 +211,7 @@ class Scheduler:
             begins=ends - counts - open_drafts,
             ends=ends,
             sampled=sampled,
-            allowances=allowances,
+            allowances=None if allowances is None else allowances * num_steps,
             grammar_rows=grammar_rows,
             forced_drafts=plan.forced_drafts,
             num_tokens=int(counts.sum()),
@@ -229,7 +232,7 @@ class Scheduler:
         """Steps in a row of a plan with these running rows: more than one if all decode and nothing else is to be done.
 
         No row reaches its limit before the last step, and there are blocks for all tokens. Masks of grammars depend on
-        the step before, drafts need allowances, and a suspect is watched step by step.
+        the step before, and a suspect is watched step by step.
         """
         table = self.table
         most = self.steps_per_plan.choose(len(slots)) if len(slots) else 1
@@ -237,9 +240,12 @@ class Scheduler:
             return 1
         planned, scheduled = table.num_planned[slots], table.num_scheduled[slots]
         decodes = (planned - scheduled == 1) & (planned > table.num_prompt[slots]) & ~table.has_grammar[slots]
-        if not decodes.all() or table.num_open_drafts[slots].any() or self._expects_drafts(slots):
+        if not decodes.all():
             return 1
-        num_steps = min(most, int((table.max_tokens[slots] - planned).min()))
+        room = int((table.max_tokens[slots] - planned).min())
+        if self._expects_drafts(slots):
+            room = max(1, room // (1 + self.max_draft_tokens))  # rather fewer steps than fewer drafts
+        num_steps = min(most, room)
         ends = self._with_lookahead(slots, scheduled + num_steps)
         rows = (ends > table.capacity[slots]).nonzero()[0]
         growing = zip(slots[rows].tolist(), ends[rows].tolist(), strict=True)
@@ -284,7 +290,7 @@ class Scheduler:
                 slots, counts = slots[fits], counts[fits]
         return slots, counts
 
-    def _plan_drafts(self, slots: I32, counts: I64, num_running: int, updates: list[list[int]]) -> bool:
+    def _plan_drafts(self, slots: I32, counts: I64, num_running: int, updates: list[list[int]], num_steps: int) -> bool:
         """Lets rows of a plan verify drafts.
 
         Args:
@@ -292,6 +298,7 @@ class Scheduler:
             counts: int64 [rows]: their tokens, to which those of drafts are added.
             num_running: Rows that may verify drafts, the first ones.
             updates: As for ``_allow_drafts``.
+            num_steps: Likewise.
 
         Returns:
             Whether some rows may, or have plans in flight that may.
@@ -302,8 +309,8 @@ class Scheduler:
             return False
         table.allowances[table.running] = 0
         if is_expected and num_running and not self.suspects:  # they would blur the position at which a suspect kills
-            budget = self.config.step_tokens - int(counts.sum())
-            counts[:num_running] += self._allow_drafts(slots[:num_running], budget, updates)
+            budget = self.config.step_tokens - int(counts.sum()) // num_steps
+            counts[:num_running] += self._allow_drafts(slots[:num_running], budget, updates, num_steps) * num_steps
         return True
 
     def _expects_drafts(self, slots: I32) -> bool:
@@ -313,26 +320,27 @@ class Scheduler:
         num_barren = self._num_barren % RETRY_PERIOD if self._retries_drafts else self._num_barren
         return num_barren < PATIENCE or bool(self.table.has_grammar[slots].any())
 
-    def _allow_drafts(self, slots: I32, budget: int, updates: list[list[int]]) -> I64:
+    def _allow_drafts(self, slots: I32, budget: int, updates: list[list[int]], num_steps: int) -> I64:
         """Lets decoding rows verify drafts, with the tokens and blocks that all others leave.
 
         Args:
             slots: Running rows of the plan. Those that start with it have no drafts yet.
-            budget: Tokens that are left.
+            budget: Tokens that are left in each step.
             updates: Extended by the blocks that drafts need.
+            num_steps: Steps of the plan.
 
         Returns:
-            Number of drafts that each row may verify.
+            Number of drafts that each row may verify in each step.
         """
         table = self.table
         planned, scheduled, max_tokens = table.num_planned[slots], table.num_scheduled[slots], table.max_tokens[slots]
-        goes_on = (planned > table.num_prompt[slots]) & (scheduled == planned)
+        goes_on = (planned > table.num_prompt[slots]) & (scheduled - planned == num_steps - 1)
         share = max(1, budget // max(1, int(np.count_nonzero(goes_on))))
         most = min(self.max_draft_tokens, share)
-        allowances = np.maximum(np.minimum(most, max_tokens - 1 - planned), 0) * goes_on
+        allowances = np.maximum(np.minimum(most, (max_tokens - planned) // num_steps - 1), 0) * goes_on
         left = budget - (allowances.cumsum() - allowances)
         drafts: I64 = np.maximum(np.minimum(left, allowances), 0)
-        ends = self._with_lookahead(slots, scheduled + drafts)
+        ends = self._with_lookahead(slots, scheduled + drafts * num_steps)
         rows = (ends > table.capacity[slots]).nonzero()[0]
         if len(rows):
             growing = [
@@ -345,7 +353,7 @@ class Scheduler:
                 assert capacity is not None, "there are blocks for all"
                 table.capacity[request.slot] = capacity
         table.allowances[slots] = drafts
-        table.num_scheduled[slots] += drafts
+        table.num_scheduled[slots] += drafts * num_steps
         return drafts
 
     def _with_lookahead(self, slots: I32, ends: I64) -> I64:
@@ -550,7 +558,8 @@ class Scheduler:
             )
         if result.num_verified:
             self.drafts.add(result.num_verified, result.num_accepted)
-        self._num_barren = 0 if result.num_draft_tokens.strip(b"\0") else self._num_barren + 1
+        found = result.num_draft_tokens if step.num_steps == 1 else result.num_draft_tokens + result.num_verified
+        self._num_barren = 0 if found.strip(b"\0") else self._num_barren + 1
         if result.num_draft_tokens:
             keep_drafts(table, step, new, result, current)
         verdicts = judge_rows(table, step, new) if len(step.grammar_rows) else {}
@@ -568,8 +577,8 @@ class Scheduler:
             tokens, slots, lengths, rows = tokens[plain], slots[plain], lengths[plain], rows[plain]
             offsets = None if offsets is None else offsets[plain]
         self.pool.publish_ready()
-        indices, output_indices, num_tokens, num_drafts = token_columns(
-            table.indices[slots], lengths - 1 - table.num_prompt[slots], offsets, new.verified(rows)
+        indices, output_indices, num_tokens, num_drafts, num_accepted = token_columns(
+            table.indices[slots], lengths - 1 - table.num_prompt[slots], offsets, new.drafts_of(rows)
         )
         return EngineCoreOutputs(
             engine_epoch=self.engine_epoch,
@@ -578,6 +587,7 @@ class Scheduler:
             token_ids=tokens.tobytes(),
             num_tokens=num_tokens,
             num_draft_tokens=num_drafts,
+            num_accepted_tokens=num_accepted,
             outputs=tuple(outputs),
             scheduler_stats=self.stats(step, result),
             timestamp=time.monotonic(),
@@ -626,8 +636,8 @@ class Scheduler:
             if verdicts.get(row) is Verdict.ENDED:
                 assert request.grammar is not None
                 reason = FinishReason.LENGTH if request.grammar.was_cut else FinishReason.STOP
-            num_verified = 0 if new.num_verified is None else int(new.num_verified[sample])
-            output = token_output(self.table, slot, tokens, reason, logprobs.get(row, []), num_verified)
+            drafts = partial(new.drafts_within, sample)
+            output = token_output(self.table, slot, tokens, reason, logprobs.get(row, []), drafts)
             outputs.append(output)
             self.pool.publish(slot)
             if output.finish_reason is not None:

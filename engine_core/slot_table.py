@@ -145,26 +145,23 @@ class SlotTable:
     # -- steps -----------------------------------------------------------------------------------------------
 
     def note_samples(self, slots: I32, *, has_drafts: bool, num_steps: int = 1) -> tuple[Bools, I64 | None]:
-        """Determines which rows of a plan sample and how many drafts each may verify; counts the resulting tokens as
-        planned.
+        """Determines which rows of a plan sample and how many drafts each may verify in each step; counts the resulting
+        tokens as planned.
 
         Args:
             slots: int32 [rows].
             has_drafts: Whether any of them may verify drafts, or has plans in flight that may.
-            num_steps: Steps of the plan; with more than one, all rows sample in each, without drafts.
+            num_steps: Steps of the plan; with more than one, all rows sample in each.
         """
-        if num_steps > 1:
-            self.num_planned[slots] += num_steps
-            return np.ones(len(slots), np.bool_), None
-        scheduled, planned = self.num_scheduled[slots], self.num_planned[slots]
+        scheduled, planned = self.num_scheduled[slots] - (num_steps - 1), self.num_planned[slots]
         if not has_drafts:
             sampled: Bools = (scheduled == planned) & ~self.is_pooling[slots]
-            self.num_planned[slots[sampled]] += 1
+            self.num_planned[slots[sampled]] += num_steps
             return sampled, None
         allowances = self.allowances[slots]
-        sampled = (scheduled - allowances == planned) & ~self.is_pooling[slots]
-        self.num_planned[slots[sampled]] += 1 + allowances[sampled]
-        self.num_open_drafts[slots] += allowances
+        sampled = (scheduled - allowances * num_steps == planned) & ~self.is_pooling[slots]
+        self.num_planned[slots[sampled]] += (1 + allowances[sampled]) * num_steps
+        self.num_open_drafts[slots] += allowances * num_steps
         return sampled, allowances
 
     def confirm(self, step: InFlight, counts: I64, current: Bools) -> I64:
@@ -185,7 +182,7 @@ class SlotTable:
         ends[step.sampled] = self.num_known[slots] + counts - 1
         self.num_open_drafts[step.slots[current]] -= step.allowances[current]
         is_current = current[step.sampled]
-        missing = (step.allowances[step.sampled] + 1 - counts)[is_current]
+        missing = (step.allowances[step.sampled] + step.num_steps - counts)[is_current]
         self.num_planned[slots[is_current]] -= missing
         self.num_scheduled[slots[is_current]] -= missing
         return ends

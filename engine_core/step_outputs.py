@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from engine_core.in_flight import I64, InFlight
@@ -16,7 +18,7 @@ def token_output(
     tokens: list[int],
     ended: FinishReason | None,
     logprobs: list[TokenLogprobs],
-    num_verified: int = 0,
+    drafts: Callable[[int], tuple[int, int]] = lambda num_kept: (0, 0),
 ) -> EngineCoreOutput:
     """The output of a row on the slow path; its tokens are already in the table.
 
@@ -28,7 +30,7 @@ def token_output(
         tokens: The row's new tokens, at least one.
         ended: The reason, if the grammar allows nothing after the last token.
         logprobs: Log probabilities to report.
-        num_verified: Drafts that the step verified for the row.
+        drafts: For how many of the tokens, counted from the first, says how many drafts were verified and accepted.
     """
     request = table.request(slot)
     first = int(table.num_known[slot]) - len(tokens)
@@ -52,6 +54,7 @@ def token_output(
     output_index = first - request.num_prompt_tokens
     is_first = output_index == 0 or bool(request.prompt_logprobs)
     prompt_logprobs, request.prompt_logprobs = tuple(request.prompt_logprobs), []
+    num_verified, num_accepted = drafts(len(tokens))
     return EngineCoreOutput(
         index=request.index,
         first_output_index=output_index,
@@ -61,6 +64,7 @@ def token_output(
         ends_with_stop_token=stopped,
         new_logprobs=tuple(logprobs[: len(tokens)]),
         num_draft_tokens=num_verified,
+        num_accepted_tokens=num_accepted,
         prompt_logprobs=prompt_logprobs,
         num_cached_tokens=request.num_cached_tokens if is_first else None,
         scheduled_time=request.scheduled_time if is_first else None,
@@ -124,18 +128,18 @@ def keep_prompt_logprobs(table: SlotTable, step: InFlight, entries: tuple[TokenL
 
 
 def token_columns(
-    indices: I64, output_indices: I64, offsets: I64 | None, verified: I64 | None
-) -> tuple[bytes, bytes, bytes, bytes]:
+    indices: I64, output_indices: I64, offsets: I64 | None, drafts: tuple[I64, I64] | None
+) -> tuple[bytes, bytes, bytes, bytes, bytes]:
     """The columns of ``EngineCoreOutputs`` for rows with only new tokens.
 
     Args:
         indices: int64 [tokens]: request of each token.
         output_indices: int64 [tokens]: index of each token in its output.
         offsets: int64 [tokens]: index of each token among its row's tokens; None: one token per row.
-        verified: int64 [tokens]: drafts verified in each token's row; None: none.
+        drafts: int64 [tokens] each: drafts verified and accepted in each token's row; None: none.
 
     Returns:
-        ``indices``, ``output_indices``, ``num_tokens`` and ``num_draft_tokens``.
+        ``indices``, ``output_indices``, ``num_tokens``, ``num_draft_tokens`` and ``num_accepted_tokens``.
     """
     counts = b""
     if offsets is not None:
@@ -144,6 +148,6 @@ def token_columns(
         ends[:-1], ends[-1:] = firsts[1:], len(offsets)
         counts = (ends - firsts).astype(np.uint8).tobytes()
         indices, output_indices = indices[firsts], output_indices[firsts]
-        verified = None if verified is None else verified[firsts]
-    drafts = b"" if verified is None else verified.astype(np.uint8).tobytes()
-    return indices.tobytes(), output_indices.astype(np.int32).tobytes(), counts, drafts
+        drafts = None if drafts is None else (drafts[0][firsts], drafts[1][firsts])
+    verified, accepted = (b"", b"") if drafts is None else (each.astype(np.uint8).tobytes() for each in drafts)
+    return indices.tobytes(), output_indices.astype(np.int32).tobytes(), counts, verified, accepted

@@ -17,7 +17,7 @@ class StepTokens:
         counts: int64 [samples]: tokens that the worker sampled for each row.
         kept: int64 [samples]: how many of these, from the first, belong to the output. 0 if the request has left its
             slot; later checks may lower others.
-        num_verified: int64 [samples]: drafts that the steps verified for each row; None: none.
+        has_drafts: Whether any of the steps verified drafts.
     """
 
     def __init__(self, step: InFlight, result: ModelRunnerOutput, current: Bools) -> None:
@@ -32,12 +32,14 @@ class StepTokens:
         self.counts: I64 = np.full(len(self.rows), step.num_steps)
         self._starts: I64 | None = None
         """Start of each row's tokens; None: one token per row."""
+        self.has_drafts = bool(result.num_verified)
+        self._verified = _by_step(result.num_verified, step)
+        self._accepted = _by_step(result.num_accepted, step)
         has_accepted = bool(result.num_accepted.strip(b"\0"))
         if has_accepted:
-            self.counts += _of_rows(result.num_accepted, step)
+            self.counts += self._accepted.sum(axis=0)
         if has_accepted or step.num_steps > 1:
             self._starts = np.cumsum(self.counts) - self.counts
-        self.num_verified = _of_rows(result.num_verified, step) if result.num_verified else None
         self.kept: I64 = self.counts * current[self.rows]
         for error in result.row_errors:
             if step.sampled[error.row] and current[error.row]:
@@ -53,12 +55,23 @@ class StepTokens:
         tokens: list[int] = self._tokens[start : start + int(self.kept[sample])].tolist()
         return tokens
 
-    def verified(self, rows: I64) -> I64 | None:
-        """Drafts that the step verified in each of these rows, which sample; None: none at all."""
-        if self.num_verified is None:
+    def drafts_of(self, rows: I64) -> tuple[I64, I64] | None:
+        """Drafts that were verified in each of these rows, which sample and keep all tokens, and how many of them were
+        accepted; None: there were no drafts."""
+        if not self.has_drafts:
             return None
-        counts: I64 = self.num_verified[np.searchsorted(self.rows, rows)]
-        return counts
+        samples = np.searchsorted(self.rows, rows)
+        return self._verified[:, samples].sum(axis=0), self._accepted[:, samples].sum(axis=0)
+
+    def drafts_within(self, sample: int, num_kept: int) -> tuple[int, int]:
+        """Of a row, the drafts verified in the steps that its first tokens come from, at least one, and how many of
+        these tokens were drafts. The last token of each step was none, or does not count as one if the output ends
+        before."""
+        if not self.has_drafts:
+            return 0, 0
+        ends = np.cumsum(1 + self._accepted[:, sample])
+        num_begun = 1 + int(np.count_nonzero(ends[:-1] < num_kept))
+        return int(self._verified[:num_begun, sample].sum()), num_kept - num_begun
 
     def columns(self) -> tuple[I32, I64, I64 | None]:
         """The kept tokens.
@@ -77,7 +90,7 @@ class StepTokens:
         return self._tokens[kept], self.rows[samples[kept]], offsets[kept]
 
 
-def _of_rows(counts: bytes, step: InFlight) -> I64:
-    """The sum over the steps of uint8 [steps, samples]: int64 [samples]."""
-    total: I64 = u8(counts).reshape(step.num_steps, -1).sum(axis=0, dtype=np.int64)
-    return total
+def _by_step(counts: bytes, step: InFlight) -> I64:
+    """A column of uint8 [steps, samples] as int64; empty if it is."""
+    table: I64 = u8(counts).reshape(step.num_steps, -1).astype(np.int64)
+    return table

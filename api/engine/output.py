@@ -145,12 +145,11 @@ class OutputProcessor:
         return aborts
 
     def _note_drafts(self, outputs: EngineCoreOutputs) -> None:
-        """Counts the drafts of each row; all its tokens but the last are accepted ones."""
-        drafts = u8(outputs.num_draft_tokens).tolist()
-        num_tokens = u8(outputs.num_tokens).tolist() or [1] * len(drafts)
-        for index, verified, count in zip(i64(outputs.indices).tolist(), drafts, num_tokens, strict=True):
+        """Counts the drafts of each row."""
+        drafts = u8(outputs.num_draft_tokens).tolist(), u8(outputs.num_accepted_tokens).tolist()
+        for index, verified, accepted in zip(i64(outputs.indices).tolist(), *drafts, strict=True):
             if verified and index in self.states:
-                self.states[index].note_drafts(verified, count - 1)
+                self.states[index].note_drafts(verified, accepted)
 
     def _process_special(self, state: RequestState, output: EngineCoreOutput, now: float, aborts: list[int]) -> int:
         """Handles a row with more than plain tokens. Returns the number of new tokens."""
@@ -161,7 +160,7 @@ class OutputProcessor:
             return 0
         tokens = output.new_token_ids[skip:]
         if output.num_draft_tokens:
-            state.note_drafts(output.num_draft_tokens, len(output.new_token_ids) - 1)
+            state.note_drafts(output.num_draft_tokens, output.num_accepted_tokens)
         if output.scheduled_time is not None and state.scheduled_time is None:
             self._queue.begin(state.index)
             state.scheduled_time = output.scheduled_time

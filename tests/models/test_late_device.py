@@ -115,7 +115,8 @@ class Engine:
             num_blocks, groups, executor.max_draft_tokens, executor.num_lookahead_tokens, **config
         )
         self.num_accepted = 0
-        self.num_plans = 0
+        self.plans: list[tuple[int, bool]] = []
+        """Steps of each plan, and whether it allows drafts."""
         self.in_flight: deque[Any] = deque()
         self.outputs: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[tuple[int, bytes, bytes, int]]] = {}
@@ -149,7 +150,7 @@ class Engine:
             return False
         plan, step = planned
         self.in_flight.append(step)
-        self.num_plans += 1
+        self.plans.append((plan.num_steps, any(plan.num_draft_tokens)))
         self.worker.handle(plan)
         return True
 

@@ -417,6 +417,7 @@ def test_random_drafts_arrivals_aborts_and_restarts_leak_nothing(data: st.DataOb
         max_num_batched_tokens=draw(st.integers(1, 40)),
         scheduling_policy=draw(st.sampled_from(["fcfs", "priority"])),
         max_draft_tokens=MAX_DRAFTS,
+        num_scheduler_steps=draw(st.sampled_from([1, 3])),
         propose=PROPOSERS[draw(st.sampled_from(sorted(PROPOSERS)))],
     )
     shared = prompts(1, 20, seed=3)[0]

@@ -58,6 +58,7 @@ class Reader:
                 token_ids=b"".join(token.to_bytes(4, "little") for token in tokens),
                 num_tokens=bytes([len(tokens)]),
                 num_draft_tokens=bytes([drafts]) if drafts else b"",
+                num_accepted_tokens=bytes([len(tokens) - 1]) if drafts else b"",
                 timestamp=timestamp,
             )
         )
@@ -170,7 +171,7 @@ def test_drafts_are_counted_in_usage_and_metrics() -> None:
     reader = Reader()
     reader.columns(0, tokens_of("hel"), drafts=4)
     reader.columns(3, tokens_of("l"), drafts=1)
-    reader.output(first_output_index=4, new_token_ids=tuple(tokens_of("o!")), num_draft_tokens=1)
+    reader.output(first_output_index=4, new_token_ids=tuple(tokens_of("o!")), num_draft_tokens=1, num_accepted_tokens=1)
     assert (reader.state.num_draft_tokens, reader.state.num_accepted_tokens) == (6, 3)
     metrics = EngineMetrics(MODEL)
     stats = SchedulerStats(num_drafts=2, num_draft_tokens=6, num_accepted_tokens=3, num_accepted_tokens_per_pos=(2, 1))
