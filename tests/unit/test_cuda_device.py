@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from executor.base import ModelError
+from executor.config import ExecutorConfig
 from executor.device import cuda
 from executor.device.cuda import CudaDevice, CudaSteps, joined
 from executor.parallel import ParallelState
+from executor.worker import Worker
 from tests.stub_cuda import Event, Graph, stubbed
 
 
@@ -174,3 +176,10 @@ def test_gpus_that_share_a_model_need_nccl(monkeypatch: pytest.MonkeyPatch) -> N
     ):
         with pytest.raises(ModelError, match=reason):
             device.communicator(place)
+
+
+def test_machines_share_no_gpus() -> None:
+    links: Any = object()
+    worker = Worker(ParallelState(), ExecutorConfig(), lambda message: None, links=links)
+    with pytest.raises(ModelError, match="--nnodes 1: machines share models on CPUs alone; use 1"):
+        worker._meet(CudaDevice())
