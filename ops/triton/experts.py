@@ -186,7 +186,6 @@ def rounded_expert_gemm_kernel(
         if GATHERS:
             source = tl.load(lists_ptr + own.to(tl.int64) * tokens + m, mask=m < M, other=0).to(tl.int64)
         x_places = x_ptr + (source * padded)[:, None] + own_k[None, :]
-        x_scale = tl.load(x_scale_ptr + source, mask=m < M, other=0.0)[None, :]
         distance = tl.load(weights_ptr + own)
         w_base = _moved(w_ptr, distance)
         w_places = w_base + (row.to(tl.int64) * padded)[:, None] + own_k[None, :]
@@ -194,11 +193,12 @@ def rounded_expert_gemm_kernel(
         w_scales = _moved(w_scale_ptr, distance)
         if x_ptr.dtype.element_ty == tl.int8:
             total, total_up = per_token.scaled_sums(
-                w_places, up_places, w_scales, x_places, x_scale, row, N, padded, False, GATED, TILE_M, TILE_N, TILE_K
-            )
+                w_places, up_places, w_scales, x_places, x_scale_ptr + source, m < M, row, N, padded, False, GATED,
+                TILE_M, TILE_N, TILE_K,
+            )  # fmt: skip
         else:
             total, total_up = fp8.scaled_sums(
-                w_places, up_places, w_scales, x_places, x_scale, row, N, padded, GROUPED, GATED,
+                w_places, up_places, w_scales, x_places, x_scale_ptr + source, m < M, row, N, padded, GROUPED, GATED,
                 TILE_M, TILE_N, TILE_K,
             )  # fmt: skip
         bias = out_ptr
@@ -418,8 +418,7 @@ def _product(
     segments = gemm.num_segments(weight.shape[0], k)
     is_gated = follower.is_gated
     usual = max(1, rows // count)
-    # Two tiles of sums, or the addresses of rows: without wgmma, they are all in registers.
-    is_tight = (is_gated or gathers) and target().backend == "cuda" and not target().has_wgmma
+    is_tight = _is_tight(follower, gathers=gathers)
     constants: dict[str, Any] = {}
     given = args | {"x_ptr": x, "out_ptr": out, "N": n, "K": k, "segment_size": gemm.segment_size(k, segments)}
     given |= {"x_stride": row_stride(x), "out_stride": row_stride(out)}
@@ -465,6 +464,11 @@ def _product(
     )
 
 
+def _is_tight(follower: Follower, *, gathers: bool) -> bool:
+    """Whether registers are few: two tiles of sums, or the addresses of rows, are all in registers without wgmma."""
+    return (follower.is_gated or gathers) and target().backend == "cuda" and not target().has_wgmma
+
+
 def _rounded_product(
     x: Tensor,
     weight: QuantizedWeight,
@@ -481,7 +485,10 @@ def _rounded_product(
     dtype, _ = quantized.ROUNDED[weight.activations]
     codes, scales = per_token.quantized_rows(x, layout.padded, None, dtype)
     choose = per_token.config_of if dtype == torch.int8 else fp8.config_of
-    config = choose(max(1, rows // count), is_gated=follower.is_gated)
+    usual = max(1, rows // count)
+    if _is_tight(follower, gathers=gathers):
+        usual = min(usual, 32)
+    config = choose(usual, is_gated=follower.is_gated)
     tile = dict(config.tile)
     given = args | {"x_ptr": codes, "x_scale_ptr": scales, "out_ptr": out, "N": n, "padded": layout.padded}
     given |= {"w_ptr": layout.view(segment.data, "low"), "w_scale_ptr": layout.view(segment.data, "scale")}

@@ -47,7 +47,7 @@ def _scales(pointer, row, start, groups, GROUPED: tl.constexpr):
 
 @triton.jit
 def scaled_sums(
-    w_places, up_places, w_scale_ptr, x_places, x_scale, row, N, padded,
+    w_places, up_places, w_scale_ptr, x_places, x_scale_places, x_mask, row, N, padded,
     GROUPED: tl.constexpr, GATED: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """As ``per_token.scaled_sums``. ``GROUPED``: weights have a scale for each 128 columns."""
@@ -67,6 +67,7 @@ def scaled_sums(
             if GROUPED:
                 sums_up = sums_up * _scales(w_scale_ptr, row + N, start, groups, True)
             total_up += sums_up
+    x_scale = tl.load(x_scale_places, mask=x_mask, other=0.0)[None, :]
     if GROUPED:
         total = total * x_scale
         total_up = total_up * x_scale
@@ -93,10 +94,10 @@ def fp8_gemm_kernel(
     x_places = x_ptr + (tl.minimum(m, M - 1).to(tl.int64) * padded)[:, None] + own_k[None, :]
     w_places = w_ptr + (row.to(tl.int64) * padded)[:, None] + own_k[None, :]
     up_places = w_ptr + ((row + N).to(tl.int64) * padded)[:, None] + own_k[None, :]
-    x_scale = tl.load(x_scale_ptr + m, mask=m < M, other=0.0)[None, :]
     total, total_up = scaled_sums(
-        w_places, up_places, w_scale_ptr, x_places, x_scale, row, N, padded, GROUPED, GATED, TILE_M, TILE_N, TILE_K
-    )
+        w_places, up_places, w_scale_ptr, x_places, x_scale_ptr + m, m < M, row, N, padded, GROUPED, GATED,
+        TILE_M, TILE_N, TILE_K,
+    )  # fmt: skip
     gemm._finish(
         total, total_up, m, n, M, N, bias_ptr, residual_ptr, residual_stride, out_ptr, out_stride,
         ACTIVATION, GATED, HAS_BIAS, HAS_RESIDUAL,

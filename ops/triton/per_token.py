@@ -76,11 +76,11 @@ def _signed(pointers):
 
 @triton.jit
 def scaled_sums(
-    w_places, up_places, w_scale_ptr, x_places, x_scale, row, N, padded,
+    w_places, up_places, w_scale_ptr, x_places, x_scale_places, x_mask, row, N, padded,
     GROUPED: tl.constexpr, GATED: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """A tile of products, float32 [n, m]: the rows of weights at ``row``, and if gated those N further, with rows of
-    codes whose scales are ``x_scale`` [1, m]."""
+    codes. Scales are read at the end, as registers are few before."""
     sums = tl.zeros([TILE_N, TILE_M], tl.int32)
     sums_up = tl.zeros([TILE_N, TILE_M], tl.int32)
     for start in range(0, padded, TILE_K):
@@ -88,6 +88,7 @@ def scaled_sums(
         sums = tl.dot(_signed(w_places + start), x, sums, out_dtype=tl.int32)
         if GATED:
             sums_up = tl.dot(_signed(up_places + start), x, sums_up, out_dtype=tl.int32)
+    x_scale = tl.load(x_scale_places, mask=x_mask, other=0.0)[None, :]
     total = sums.to(tl.float32) * (tl.load(w_scale_ptr + row).to(tl.float32)[:, None] * x_scale)
     total_up = total
     if GATED:
@@ -111,10 +112,10 @@ def per_token_gemm_kernel(
     x_places = x_ptr + (tl.minimum(m, M - 1).to(tl.int64) * padded)[:, None] + own_k[None, :]
     w_places = w_ptr + (row.to(tl.int64) * padded)[:, None] + own_k[None, :]
     up_places = w_ptr + ((row + N).to(tl.int64) * padded)[:, None] + own_k[None, :]
-    x_scale = tl.load(x_scale_ptr + m, mask=m < M, other=0.0)[None, :]
     total, total_up = scaled_sums(
-        w_places, up_places, w_scale_ptr, x_places, x_scale, row, N, padded, False, GATED, TILE_M, TILE_N, TILE_K
-    )
+        w_places, up_places, w_scale_ptr, x_places, x_scale_ptr + m, m < M, row, N, padded, False, GATED,
+        TILE_M, TILE_N, TILE_K,
+    )  # fmt: skip
     gemm._finish(
         total, total_up, m, n, M, N, bias_ptr, residual_ptr, residual_stride, out_ptr, out_stride,
         ACTIVATION, GATED, HAS_BIAS, HAS_RESIDUAL,
