@@ -217,7 +217,7 @@ class Comparison:
             seconds = time.monotonic() - begin
             warm = Options(
                 base_url=server.url, num_prompts=2, max_concurrency=2, warmup=0, keep_alive=False,
-                input_len=WARM_TOKENS - 8, output_len=8,
+                input_len=WARM_TOKENS - 8, output_len=8, seed=self._seed + 1_000_000,  # no prefix of a measured run
             )  # fmt: skip
             self._check(engine, run_loop(run(warm)))
             print(f"{engine.name} is ready after {seconds:.1f} s", file=sys.stderr, flush=True)
