@@ -2,7 +2,7 @@
 
 Core, api and sockets work once per plan, on the cores that compute the next step meanwhile. While steps are short, this
 takes a good part of them; a plan of several steps takes it once. Its tokens reach clients together, and a request that
-comes in the meantime waits for all of them, so a plan takes no longer than a screen shows a picture.
+comes in the meantime waits for all of them, so that a plan is short enough for text to appear fifty times a second.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from engine_core.in_flight import InFlight
 
 MAX_ROW_TOKENS = 255
 """Most tokens of a row that a result can tell."""
-FRAME_MS = 16.0
+PLAN_MS = 20.0
 """Milliseconds that a plan of several steps may take."""
 FASTER_WEIGHT, SLOWER_WEIGHT = 0.5, 0.05
 """Weight of a new measurement that is shorter or longer than usual: steps take longer while core and api disturb them,
@@ -51,7 +51,7 @@ class StepsPerPlan:
         if self._most == 1 or not self._by_time:
             return self._most
         step_ms = self._step_ms[num_rows.bit_length()]
-        return 1 if step_ms == 0 else max(1, min(self._most, int(FRAME_MS / step_ms)))
+        return 1 if step_ms == 0 else max(1, min(self._most, int(PLAN_MS / step_ms)))
 
     def note(self, step: InFlight, forward_ms: float) -> None:
         """Records how long a plan took."""
