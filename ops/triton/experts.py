@@ -485,10 +485,10 @@ def _rounded_product(
     dtype, _ = quantized.ROUNDED[weight.activations]
     codes, scales = per_token.quantized_rows(x, layout.padded, None, dtype)
     choose = per_token.config_of if dtype == torch.int8 else fp8.config_of
-    usual = max(1, rows // count)
-    if _is_tight(follower, gathers=gathers):
-        usual = min(usual, 32)
-    config = choose(usual, is_gated=follower.is_gated)
+    usual, is_tight = max(1, rows // count), _is_tight(follower, gathers=gathers)
+    config = choose(min(usual, 32) if is_tight else usual, is_gated=follower.is_gated)
+    if is_tight and usual > 16:
+        config = replace(config, num_warps=8)
     tile = dict(config.tile)
     given = args | {"x_ptr": codes, "x_scale_ptr": scales, "out_ptr": out, "N": n, "padded": layout.padded}
     given |= {"w_ptr": layout.view(segment.data, "low"), "w_scale_ptr": layout.view(segment.data, "scale")}
