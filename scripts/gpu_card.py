@@ -102,6 +102,7 @@ class StubbedGpu(CudaDevice):
     """A GPU whose kernels take no time, and compute nothing."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.torch_device = torch.device("cpu")
 
     def initialize(self, config: DeviceConfig, rank: int) -> None:
