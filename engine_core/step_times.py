@@ -45,16 +45,17 @@ class StepTimes:
             default=None,
         )
 
-    def deadline(self, num_tokens: int, num_attended: int, num_steps: int) -> float:
+    def deadline(self, num_tokens: int, num_attended: int, num_steps: int, num_in_a_row: int = 1) -> float:
         """Seconds after which a worker counts as hung.
 
         Args:
             num_tokens: Tokens of the step.
             num_attended: (token, attended token) pairs of the step.
             num_steps: Steps that the worker has computed since its start.
+            num_in_a_row: Such steps that it answers together.
         """
         predicted = self.predict(num_tokens, num_attended)
         if predicted is None:
             return UNKNOWN_DEADLINE
         least = MIN_DEADLINE if num_steps >= NEW_WORKER_STEPS else NEW_WORKER_DEADLINE
-        return max(least, SLOWER * predicted)
+        return max(least, SLOWER * predicted * num_in_a_row)

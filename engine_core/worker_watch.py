@@ -29,6 +29,13 @@ class Step(Protocol):
     def num_tokens(self) -> int: ...
     @property
     def num_attended(self) -> int: ...
+    @property
+    def num_steps(self) -> int: ...
+
+
+def _size(step: Step) -> tuple[int, int]:
+    """Tokens and (token, attended token) pairs of each of the steps in a row: the fixed part of their time recurs."""
+    return step.num_tokens // step.num_steps, step.num_attended // step.num_steps
 
 
 class Hang(NamedTuple):
@@ -108,7 +115,7 @@ class WorkerWatch:
         seconds = self._seconds.get(step.step_id)
         self._seconds = {step_id: each for step_id, each in self._seconds.items() if step_id > step.step_id}
         if seconds is not None:
-            self.times.add(step.num_tokens, step.num_attended, seconds)
+            self.times.add(*_size(step), seconds / step.num_steps)
 
     def hung(self, steps: Sequence[Step], *, is_loading: bool) -> Hang | None:
         """Checks the workers, at most once a second.
@@ -138,7 +145,7 @@ class WorkerWatch:
             if step is None:
                 watch.heard()
                 continue
-            limit = self.times.deadline(step.num_tokens, step.num_attended, self._num_steps)
+            limit = self.times.deadline(*_size(step), self._num_steps, step.num_steps)
             if watch.waited >= limit:
                 reason = f"worker {rank} (pid {watch.pid}) has not finished a step within {limit:.0f} s"
                 return Hang(reason, was_stopped=False)

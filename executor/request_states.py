@@ -146,6 +146,9 @@ class RequestStates:
         self.num_computed[places] = num_computed
         self.num_tokens[places] = num_tokens
         self.num_replayed[places] = 0
+        # The step verifies them, or they are void: the token whose place the first one has may stay on the device while
+        # the next steps are launched.
+        self.num_drafts[places] = 0
 
     def fill(self, slots: I32, epochs: I64, positions: I64, tokens: I64) -> None:
         """Fills in the tokens of a step. Drops those of requests that have left their slots.

@@ -162,6 +162,8 @@ class Speculation:
         self._always_searches = self._always_waits or self._costs is not None
         self._num_idle = np.zeros(max_num_seqs, np.int64)
         """Steps of a slot since drafts were last worth verifying."""
+        self._told = np.zeros(max_num_seqs, np.bool_)
+        """By slot: whether the engine core was told of drafts after the slot's last step."""
         self._rest = 0
         """Steps in which nothing is searched or learned."""
         self._proposing_ms = 0.0
@@ -180,6 +182,7 @@ class Speculation:
         self._ends[request.slot] = request.num_prompt_tokens + params.max_tokens
         self._lengths.add(request.slot)
         self._num_idle[request.slot] = 0 if own != 0 else PATIENCE
+        self._told[request.slot] = False
         self._rest = 0
 
     def remove(self, slots: I32, states: RequestStates) -> None:
@@ -250,7 +253,8 @@ class Speculation:
         else:
             self._num_idle[slots] += 1
         if not counts.any():  # the usual case of text that never repeats
-            had_drafts = bool(states.num_drafts[slots].any())
+            had_drafts = bool(self._told[slots].any())
+            self._told[slots] = False
             states.num_drafts[slots] = 0
             if not self._always_searches and int(self._num_idle[slots].min()) > PATIENCE:
                 self._num_idle[slots] = PATIENCE  # their turn comes next
@@ -264,6 +268,7 @@ class Speculation:
             token_ids = token_ids[offsets < counts[places]]
         drafts = Drafts(_spread(counts, is_current), token_ids)
         states.set_drafts(slots, counts, drafts.token_ids)
+        self._told[slots] = counts > 0
         return drafts
 
     def _proposed(self, slots: I32, states: RequestStates) -> Drafts:

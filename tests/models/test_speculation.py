@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from engine_core.messages import ResolvedParams, f32
@@ -326,6 +327,33 @@ def test_late_results_have_drafts_once_a_text_repeats_itself(tmp_path: Path, mon
     assert engine.outputs[0] == output
     assert device.channel is not None and device.channel.most_in_flight == 2
     assert engine.num_accepted > len(passage)
+
+
+def test_drafts_do_not_stand_for_tokens_that_are_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan of several steps was made before the core knew of drafts, and comes after the worker has found them."""
+    prompt, params = random_tokens(3, 1), ResolvedParams(seed=1, allowed_token_ids=tuple(range(40, 52)), max_tokens=40)
+    single = Engine(CpuDevice(), monkeypatch)
+    single.add(0, prompt, params)
+    single.run()
+    late, speculative = LateDevice(by_itself=False), msgspec.structs.replace(PROPOSERS["ngram"], prompt_lookup_min=2)
+    engine = Engine(late, monkeypatch, speculative=speculative, num_scheduler_steps=4)
+    engine.add(0, prompt, params)
+    plans: list[Any] = []
+    handle, engine.worker.handle = engine.worker.handle, plans.append  # type: ignore[assignment,method-assign]
+    while engine.launch() or engine.in_flight:
+        engine.launch()
+        for plan in plans:
+            handle(plan)
+        plans.clear()
+        engine.launch()
+        while len(engine.results) < len(engine.in_flight) - len(plans):
+            assert late.channel is not None
+            late.channel.let_come()
+            engine.worker.take_results()
+        while engine.results:
+            engine.retire()
+            engine.launch()
+    assert engine.outputs == single.outputs and engine.scheduler.drafts.num_draft_tokens > 0
 
 
 def test_a_stage_waits_for_the_tokens_before_a_plan_without_drafts() -> None:

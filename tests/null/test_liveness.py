@@ -156,6 +156,7 @@ class Step:
     step_id: int
     num_tokens: int = 1
     num_attended: int = 100
+    num_steps: int = 1
 
 
 def watcher(machine: Machine, *pids: int) -> WorkerWatch:
@@ -201,6 +202,18 @@ def test_a_step_takes_as_long_as_its_slowest_stage() -> None:
     watch.heard(1, 3, 99.0)  # late: the step is done
     assert watch.times.predict(Step(5).num_tokens, Step(5).num_attended) == pytest.approx(8.0)
     assert seconds_until_hung(machine, watch, Step(5))[0] == 80.0
+
+
+def test_steps_in_a_row_take_as_long_as_one_after_another() -> None:
+    machine = Machine()
+    watch = watcher(machine, 11)
+    for number in range(1, 5):
+        watch.heard(0, number, 1.5)
+        watch.step_done(Step(number, 32, 3200))
+    assert seconds_until_hung(machine, watch, Step(5, 16, 1600, num_steps=16))[0] == 240.0
+    watch.heard(0, 5, 16.0)
+    watch.step_done(Step(5, 16, 1600, num_steps=16))
+    assert watch.times.predict(1, 100) == 1.0
 
 
 def test_a_worker_that_answers_in_time_is_left_alone() -> None:

@@ -261,6 +261,30 @@ def test_texts_that_never_repeat_themselves_are_searched_now_and_then(monkeypatc
     assert [come(token) for token in range(10, 20)].index(True) <= 4, "once a text repeats itself, it is found"
 
 
+def test_drafts_that_a_plan_did_not_allow_are_gone_after_its_step() -> None:
+    speculation = Speculation(SpeculativeConfig(method="suffix", num_speculative_tokens=4), 4)
+    states = RequestStates(4, 64, [])
+    tokens = np.array([1, 2, 3, 4, 1], np.int32).tobytes()
+    requests = [NewRequest(slot, tokens, 5, 0, (), params=ResolvedParams(max_tokens=50)) for slot in (1, 2)]
+    states.apply(SchedulerOutput(1, b"", b"", b"", new_reqs=tuple(requests)))
+    for request in requests:
+        speculation.add(request)
+
+    def come(slot: int, token: int) -> None:
+        slots = np.array([slot], np.int32)
+        states.set_counts(slots, states.num_computed[slots] + 1, states.num_tokens[slots] + 1)
+        rows = SampleRows(slots, states.num_known[slots], np.zeros(1, np.int32))
+        states.fill(slots, states.epochs[slots], states.num_known[slots], np.array([token]))
+        speculation.propose(rows, states.epochs[slots], states)
+
+    come(1, 2)
+    assert states.num_drafts[1] > 0
+    for token in range(10, 20):
+        come(2, token)  # until nothing is searched for a while
+    come(1, 3)
+    assert states.num_drafts[1] == 0
+
+
 def test_an_unknown_method_is_named() -> None:
     with pytest.raises(
         ValueError,
