@@ -27,7 +27,7 @@ from executor.checkpoint import StoredTensor
 from executor.config import ExecutorConfig, ParallelConfig
 from executor.device.base import Device, Memory, create_device
 from executor.image_inputs import create_image_inputs
-from executor.layers.attention import form_groups
+from executor.layers.attention import form_groups, make_room_for_drafts
 from executor.layers.embedding import VocabParallelEmbedding
 from executor.layers.linear import LinearLayer
 from executor.layers.moe import MoE
@@ -102,6 +102,7 @@ def survey(config: ExecutorConfig, parallel: ParallelState, *, measures: bool = 
         check_adapters(config.lora, loaded, config.parallel.world_size, device.kernels)
         of_adapters = LoadedAdapters(loaded, config.lora).num_bytes(runner.max_tokens)
         ready = msgspec.structs.replace(ready, step_bytes=ready.step_bytes + of_adapters)
+    runner.speculative = None  # nothing is drafted in the steps that are timed
     found = _count_bytes(ready, before.free_bytes, model, weights, has_logits=runner.stage.is_last)
     return time_steps(measure_bandwidth(found), runner) if measures and device.shares_memory else found
 
@@ -154,13 +155,16 @@ def _runner(
         num_tokens = config.step_size.max_num_batched_tokens or device.max_num_batched_tokens
         num_bytes = num_tokens * hidden.width * hidden.dtype.itemsize
         memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device.torch_device)
+    if config.speculative is not None:
+        layers = [*model.attention_layers(), *model.attention_of_stages]
+        make_room_for_drafts(layers, config.speculative.num_speculative_tokens)
     return ModelRunner(
         loaded,
         device,
         form_groups(model.attention_layers(), config.device.block_size, model.attention_of_stages),
         step_size=config.step_size,
         enforce_eager=config.model.enforce_eager or not loaded.model.can_be_captured,
-        speculative=None,
+        speculative=config.speculative,
         draft=None,
         forced_outputs="",
         rank=parallel.rank,

@@ -15,7 +15,7 @@ from api.model.gguf_file import read_gguf
 from engine_core.config import EngineConfig
 from engine_core.plan import fit
 from executor import plan
-from executor.config import ExecutorConfig, ModelConfig, ParallelConfig, StepSize
+from executor.config import ExecutorConfig, ModelConfig, ParallelConfig, SpeculativeConfig, StepSize
 from executor.loader import load_model
 from executor.messages import FromWorker, ModelSurvey, WorkerReady
 from executor.parallel import ParallelState, places
@@ -27,7 +27,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied, with windows": ("gemma3", {}),
     "experts": ("qwen3_moe", {}),
     "latents and experts": ("deepseek_v3", {}),
-    "states": ("qwen3_next", {}),
+    "states, which keep drafts": ("qwen3_next", {}),
     "int8": ("qwen3", {"quantization": "int8"}),
     "int4, cache in 8 bits, eager": (
         "llama",
@@ -37,9 +37,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def surveyed(model: ModelConfig) -> tuple[ModelSurvey, WorkerReady]:
+def surveyed(model: ModelConfig, speculative: SpeculativeConfig | None = None) -> tuple[ModelSurvey, WorkerReady]:
     """The survey of a model, and what a worker reports."""
-    config = ExecutorConfig(model=model, step_size=StepSize(max_num_seqs=8, max_num_batched_tokens=64))
+    size = StepSize(max_num_seqs=8, max_num_batched_tokens=64)
+    config = ExecutorConfig(model=model, speculative=speculative, step_size=size)
     survey = plan.survey(config, ParallelState(), measures=False)
     answers: list[FromWorker] = []
     Worker(ParallelState(), config, answers.append).start()
@@ -60,7 +61,8 @@ def check(survey: ModelSurvey, ready: WorkerReady) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_survey_is_what_a_worker_reports(name: str) -> None:
     kind, fields = MODELS[name]
-    survey, ready = surveyed(ModelConfig(model=str(tiny.checkpoint(kind)), **fields))
+    drafts = SpeculativeConfig(method="suffix", num_speculative_tokens=4) if "drafts" in name else None
+    survey, ready = surveyed(ModelConfig(model=str(tiny.checkpoint(kind)), **fields), drafts)
     check(survey, ready)
     has_experts = "experts" in name or kind == "olmoe" or kind == "qwen3_next"
     assert bool(survey.expert_bytes) == has_experts and (survey.expert_share < 1) == has_experts
