@@ -31,7 +31,7 @@ def test_places_of_ranks() -> None:
     assert {(place.tp_size, place.pp_size) for place in stages} == {(2, 2)}
     assert [place.is_output_rank for place in stages] == [False, False, True, False]
     first, second = places(ParallelConfig(num_mirrors=2))
-    assert first == ParallelState() and second == ParallelState(rank=1, is_output_rank=False)
+    assert first == ParallelState() and second == ParallelState(rank=1, is_output_rank=False, local_rank=1)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
