@@ -6,6 +6,7 @@ pooling takes the rows of its request in position order, regardless of chunk bou
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -64,18 +65,14 @@ class LastPooling:
 class FirstPooling:
     """The state of the first position."""
 
-    def __init__(self) -> None:
-        self._row: F32 | None = None
-
     def wanted(self, first: int, count: int, *, is_last: bool) -> slice:
         return slice(0, 1 if first == 0 else 0)
 
     def take(self, rows: F32) -> None:
-        if self._row is None and len(rows):
-            self._row = rows[0].copy()
+        for row in rows:
+            self._row: F32 = row.copy()
 
     def result(self) -> F32:
-        assert self._row is not None
         return self._row
 
 
@@ -154,18 +151,46 @@ class SeveralPoolings:
     """Vectors behind each other."""
 
     def __init__(self, parts: Sequence[Pooling]) -> None:
-        """``parts``: Each takes all rows, and finds its own among them."""
+        """``parts``: What makes them."""
         self._parts = parts
+        self._slices: deque[list[slice]] = deque()
+        """Those that each part wants of positions whose states are in transit."""
 
     def wanted(self, first: int, count: int, *, is_last: bool) -> slice:
+        self._slices.append([part.wanted(first, count, is_last=is_last) for part in self._parts])
         return slice(0, count)
 
     def take(self, rows: F32) -> None:
-        for part in self._parts:
-            part.take(rows)
+        for part, own in zip(self._parts, self._slices.popleft(), strict=True):
+            part.take(rows[own])
 
     def result(self) -> F32:
         return np.concatenate([part.result() for part in self._parts])
+
+
+class LaterPooling:
+    """Pools only the positions behind the first ones."""
+
+    def __init__(self, pooling: Pooling, num_skipped: int) -> None:
+        """Creates the state.
+
+        Args:
+            pooling: Pools these.
+            num_skipped: Number of the others.
+        """
+        self._pooling = pooling
+        self._num_skipped = num_skipped
+
+    def wanted(self, first: int, count: int, *, is_last: bool) -> slice:
+        skipped = min(max(self._num_skipped - first, 0), count)  # of these
+        own = self._pooling.wanted(max(first - self._num_skipped, 0), count - skipped, is_last=is_last)
+        return slice(own.start + skipped, own.stop + skipped)
+
+    def take(self, rows: F32) -> None:
+        self._pooling.take(rows)
+
+    def result(self) -> F32:
+        return self._pooling.result()
 
 
 class AllPooling:
@@ -197,8 +222,11 @@ POOLINGS: dict[str, Callable[[int], Pooling]] = {
 
 
 def create_pooling(params: ResolvedPoolingParams) -> Pooling:
-    """What a request asks for."""
-    parts = [POOLINGS[name](params.num_skipped) for name in params.pooling_type.split("+")]
+    """What a request asks for. CLS is the first position even if others skip it, as in sentence-transformers."""
+    parts: list[Pooling] = []
+    for name in params.pooling_type.split("+"):
+        part = POOLINGS[name](params.num_skipped)
+        parts.append(LaterPooling(part, params.num_skipped) if params.num_skipped and name != "CLS" else part)
     return parts[0] if len(parts) == 1 else SeveralPoolings(parts)
 
 
@@ -315,9 +343,8 @@ class Pooler:
             assert params is not None and pooling is not None
             first = int(states.num_computed[slot])
             is_last = first + count == int(states.num_prompt[slot])
-            skipped = min(max(params.num_skipped - first, 0), count)  # of this step's
-            wanted = pooling.wanted(max(first - params.num_skipped, 0), count - skipped, is_last=is_last)
-            tensors.append(hidden[end - count + skipped : end][wanted].float())
+            wanted = pooling.wanted(first, count, is_last=is_last)
+            tensors.append(hidden[end - count : end][wanted].float())
             taken.append(_Taken(row, params, pooling, is_last))
             if is_last:
                 self._poolings[slot] = None

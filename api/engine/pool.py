@@ -377,9 +377,9 @@ class EnginePool:
         for other, kernels in self._kernels.items():
             if kernels != ready.kernels and self.clients[other].dead is None:
                 return (
-                    f"engine {rank} would compute with {ready.kernels} and engine {other} with {kernels}, and tokens "
-                    "would depend on where a request runs; install the same versions on all machines, and choose "
-                    "kernels that all of their CPUs have with OCTAVO_CPU_CAPABILITY"
+                    f"engine {self._first + rank} would compute with {ready.kernels} and engine {self._first + other} "
+                    f"with {kernels}, and tokens would depend on where a request runs; install the same versions on "
+                    "all machines, and choose kernels that all of their CPUs have with OCTAVO_CPU_CAPABILITY"
                 )
         return None
 

@@ -250,6 +250,7 @@ class ServedModel:
         check_number(len(text), max(MAX_TEXT_CHARS, self.limits.max_model_len), "prompt", "characters")
         most = max_tokens or (late.query_length if is_query else late.document_length)
         most = min(most, self.limits.max_model_len)
+        text = text.lower() if self.sentences.lowers else text
         encode = partial(late.query if is_query else late.document, self.tokenizer, text, most, side)
         return await self._tokenized(len(text), encode)
 

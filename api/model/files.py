@@ -185,6 +185,9 @@ def _pooler(config: ServerConfig, path: Path, gguf: GGUFFile | None, fields: Map
     pooler = find_pooler(path, gguf, fields) if config.offers_pooling else ModelPooler()
     for note in pooler.notes:
         logger.warning("%s", note)
+    if pooler.sentences.lowers and config.offers_generation and (not fields or can_generate(fields)):
+        pooler = pooler._replace(sentences=pooler.sentences._replace(lowers=False))
+        logger.warning("%s: do_lower_case is for embeddings alone, so it needs --runner pooling; ignored", path)
     return pooler
 
 
@@ -216,6 +219,8 @@ def with_model(config: ServerConfig, files: ModelFiles) -> ServerConfig:
     )
     if model.quantization == "int4" and not model.imatrix and model.load_format != "dummy":
         model = replace(model, calibration=tuple(files.tokenizer.encode(TEXT)))
+    pooling_type = merge_pooler(config.pooler_config, files.pooler).pooling_type or ""
+    model = replace(model, num_pooled=pooling_type.count("+") + 1)
     if not files.generates:
         config, model = _pooling_only(config, files, model)
     elif not config.offers_generation:
@@ -315,7 +320,6 @@ def _pooling_only(config: ServerConfig, files: ModelFiles, model: ModelConfig) -
         hf_overrides=overrides,
         max_model_len=length,
         dense=sentences.dense,
-        num_pooled=(merge_pooler(config.pooler_config, files.pooler).pooling_type or "").count("+") + 1,
         token_dense=folders.get(MULTI_VECTOR, ""),
         token_weights=folders.get(SPARSE, ""),
     )

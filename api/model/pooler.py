@@ -70,7 +70,7 @@ class SentenceConfig(NamedTuple):
     max_length: int | None = None
     """Maximum tokens of a text."""
     lowers: bool = False
-    """Whether texts are converted to lower case."""
+    """Whether texts are converted to lower case; never those of a model that is served for generation."""
     activation: str | None = None
     """Of a cross-encoder's scores: the name of a class of torch."""
     late: LateInteraction | None = None

@@ -121,11 +121,11 @@ def expected(kind: str, prompt: list[int], params: ResolvedPoolingParams) -> tor
     with torch.inference_mode():
         states: torch.Tensor = reference(kind)(torch.tensor([prompt])).last_hidden_state[0]
     weights = torch.arange(1.0, len(prompt) + 1)[params.num_skipped :]
-    states = states[params.num_skipped :]
+    cls, states = states[0], states[params.num_skipped :]
     ways = {
         "LAST": states[-1],
         "MEAN": states.mean(0),
-        "CLS": states[0],
+        "CLS": cls,
         "ALL": states,
         "MAX": states.max(0).values,
         "MEAN_SQRT_LEN": states.sum(0) / len(states) ** 0.5,
@@ -193,7 +193,7 @@ def test_bits_do_not_depend_on_batch_chunks_and_cache(data: st.DataObject, dtype
         np.testing.assert_array_equal(engine.vectors[index], alone(dtype, cache, prompt, pooling))
 
 
-@pytest.mark.parametrize("pooling_type", ["MEAN_SQRT_LEN", "WEIGHTED_MEAN+CLS"])
+@pytest.mark.parametrize("pooling_type", ["MEAN_SQRT_LEN", "CLS", "WEIGHTED_MEAN+CLS+LAST"])
 def test_skipped_positions_keep_their_numbers(pooling_type: str) -> None:
     params = ResolvedPoolingParams(pooling_type=pooling_type, normalize=False, num_skipped=5)
     prompt = random_tokens(40)

@@ -32,9 +32,9 @@ def tokenizer() -> Any:
     return found
 
 
-def server(late: LateInteraction | None = LATE) -> Api:
+def server(late: LateInteraction | None = LATE, *, lowers: bool = False) -> Api:
     kind = PoolingSupport(generates=False, pooling_type="MEAN", needs_whole_prompts=True)
-    sentences = SentenceConfig(late=late)
+    sentences = SentenceConfig(late=late, lowers=lowers)
     config, own = ServerConfig(runner="pooling"), tokenizer()
     return Api(FakeServer(config, tokenizer=own, vocab_size=own.vocab_size, pooling=kind, sentences=sentences))
 
@@ -98,6 +98,12 @@ async def test_scores_and_vectors() -> None:
     assert (await api.error("/pooling", {"input": "a", "prompt_name": "other"}))["param"] == "prompt_name"
     assert "a vector of each token" in (await api.error("/v1/embeddings", {"input": "a"}))["message"]
     assert "the model has none" in (await api.error("/v1/embeddings", {"input": "a", "task": "x"}))["message"]
+
+
+async def test_texts_in_lower_case() -> None:
+    api, own = server(lowers=True), tokenizer()
+    await api.ok("/score", {"text_1": "AB", "text_2": "Cd"})
+    assert [ids for ids, *_ in sent(api)] == [LATE.query(own, "ab").token_ids, LATE.document(own, "cd").token_ids]
 
 
 def test_rows_of_special_tokens() -> None:

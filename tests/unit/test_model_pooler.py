@@ -112,6 +112,20 @@ def test_what_sentence_transformers_files_say(tmp_path: Path) -> None:
     )
 
 
+def test_a_decoder_that_pools_several_vectors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Prompts are as they are if it is served for generation, too."""
+    folder = tiny.copy_of(tiny.checkpoint("llama"), tmp_path / "model")
+    write(folder, {"sentence_bert_config.json": {"do_lower_case": True}})
+    for runner in ("auto", "pooling"):
+        settings = resolve({"model": str(folder), "runner": runner, "pooler_config": {"pooling_type": "CLS+MEAN"}}, {})[
+            0
+        ]
+        files = find_model(settings)
+        assert files.generates and files.sentences.lowers == (runner == "pooling")
+        assert with_model(settings, files).engine.executor.model.num_pooled == 2
+    assert caplog.text.count("do_lower_case is for embeddings alone, so it needs --runner pooling") == 1
+
+
 def test_a_decoder_that_is_an_encoder(tmp_path: Path) -> None:
     folder = tiny.copy_of(tiny.checkpoint("llama"), tmp_path / "model")
     config = folder / "config.json"
