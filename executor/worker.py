@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import os
 import sys
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,6 +69,9 @@ from ops import Communicator, PeerLostError
 from ops.dispatch import Spec, UnsupportedOpError
 
 logger = get_logger()
+
+PEER_TIMEOUT = 30.0
+"""Seconds in which the engine core notices that a worker has ended, and ends those that miss it."""
 
 
 @contextmanager
@@ -417,8 +421,8 @@ class Worker:
             return EXIT_MODEL
         except PeerLostError as error:  # why it has left, the engine core learns from its process
             logger.warning("%s; waiting for the engine core to start all again", error)
-            while not isinstance(receive(()), WorkerShutdown):
-                pass
+            if not _is_ended(receive):  # no process has ended: what failed is the connection
+                self._send(WorkerFailed(rank=self.rank, message=str(error), traceback=traceback.format_exc()))
             return 1
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
@@ -427,6 +431,57 @@ class Worker:
         finally:
             self.close()
         return 0
+
+
+def _is_ended(receive: Callable[[Sequence[int]], ToWorker | None]) -> bool:
+    """Waits until the engine core ends this worker, as it does once it knows that another one has ended. False: it has
+    not for ``PEER_TIMEOUT``."""
+    expired = os.eventfd(0)
+    timer = threading.Timer(PEER_TIMEOUT, os.eventfd_write, (expired, 1))
+    timer.daemon = True
+    timer.start()
+    try:
+        while (message := receive([expired])) is not None:
+            if isinstance(message, WorkerShutdown):
+                return True
+        return False
+    finally:
+        timer.cancel()
+        timer.join()
+        os.close(expired)
+
+
+class Inbox:
+    """What a worker process waits for: messages of the engine core, their end, and descriptors of its own."""
+
+    def __init__(self, messages: zmq.Socket[bytes], end: int) -> None:
+        """
+        Args:
+            messages: Brings them.
+            end: A descriptor that becomes readable when the engine core is gone.
+        """
+        self._messages = messages
+        self._decoder = msgspec.msgpack.Decoder(ToWorker)
+        self._poller = zmq.Poller()
+        self._poller.register(messages, zmq.POLLIN)
+        self._poller.register(end, zmq.POLLIN)
+        self._wake_fds: list[int] = []
+
+    def receive(self, wake_fds: Sequence[int]) -> ToWorker | None:
+        """See ``Worker.run``."""
+        if self._wake_fds != wake_fds:  # others may be readable, and nobody would take what they tell of
+            for descriptor in self._wake_fds:
+                self._poller.unregister(descriptor)
+            for descriptor in wake_fds:
+                self._poller.register(descriptor, zmq.POLLIN)
+            self._wake_fds = list(wake_fds)
+        events = dict(self._poller.poll())
+        if any(descriptor in events for descriptor in wake_fds):
+            return None  # results first: their receiver may be about to send more work
+        if self._messages in events:
+            message: ToWorker = self._decoder.decode(self._messages.recv())
+            return message
+        return WorkerShutdown()
 
 
 def run() -> int:
@@ -445,27 +500,10 @@ def run() -> int:
     for socket, address in ((inputs, launch.input_address), (outputs, launch.output_address)):
         socket.set_hwm(0)
         socket.connect(address)
-    encoder, decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(ToWorker)
-    poller = zmq.Poller()
-    poller.register(inputs, zmq.POLLIN)
-    poller.register(sys.stdin.fileno(), zmq.POLLIN)
+    encoder = msgspec.msgpack.Encoder()
 
     def send(message: FromWorker) -> None:
         outputs.send(encoder.encode(message))
-
-    def receive(wake_fds: Sequence[int]) -> ToWorker | None:
-        for descriptor in wake_fds:
-            if descriptor not in poller:
-                poller.register(descriptor, zmq.POLLIN)
-        events = dict(poller.poll())
-        if any(
-            descriptor in events for descriptor in wake_fds
-        ):  # results first: their receiver may be about to send more work
-            return None
-        if inputs in events:
-            message: ToWorker = decoder.decode(inputs.recv())
-            return message
-        return WorkerShutdown()  # end of file: the engine core is gone
 
     descriptors = dict(zip(launch.descriptors, read_descriptors(), strict=True))
     parallel = dataclasses.replace(
@@ -475,7 +513,7 @@ def run() -> int:
     if launch.network is not None:
         sockets = {name.removeprefix(LISTENER): fd for name, fd in descriptors.items() if name.startswith(LISTENER)}
         links = NetworkLinks(launch.network, places(launch.config.parallel), parallel, sockets)
-    code = Worker(parallel, launch.config, send, descriptors, links).run(receive)
+    code = Worker(parallel, launch.config, send, descriptors, links).run(Inbox(inputs, sys.stdin.fileno()).receive)
     if links is not None:
         links.close()
     outputs.close(linger=2000)

@@ -21,6 +21,8 @@ from ops import PeerLostError
 
 PATIENCE = timedelta(days=1)
 """How long an operation waits for other ranks. The engine core alone decides that they hang, and ends them."""
+MUCH = 8 << 20
+"""Bytes that a library moves in the way that it has for much."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -124,6 +126,14 @@ class GroupRank:
         if own < self._parallel.pp_size - 1:
             self.send(x, own + 1)
 
+    def connect(self) -> None:
+        """Exchanges little and much, so that the connections of both exist, with their memory. All ranks call it."""
+        for count in (1, MUCH // self.size) if self.size > 1 else ():
+            parts = self.memory(self.size * count).view(self.size, count)
+            self.exchange(parts[0], parts)
+            self.swap(parts, torch.empty_like(parts))
+        self.wait()
+
     def agree(self, number: int, what: str) -> None:
         """Checks that all ranks have the same number.
 
@@ -171,4 +181,6 @@ def join_group(parallel: ParallelState, backend: str, device: torch.device) -> G
         groups = [dist.new_group([*range(first, first + parallel.tp_size)], timeout=PATIENCE) for first in firsts]
         stage = groups[parallel.pp_rank]
     assert group is not None and stage is not None
-    return GroupRank(parallel, group, stage, device)
+    rank = GroupRank(parallel, group, stage, device)
+    rank.connect()
+    return rank

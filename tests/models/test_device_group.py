@@ -51,7 +51,7 @@ def test_what_ranks_exchange(dtype: torch.dtype) -> None:
     def run(rank: GroupRank) -> list[torch.Tensor]:
         x = given(rank.rank, 6, dtype)
         x[owner == rank.rank, 0] = -0.0
-        rank.wait()
+        rank.connect()
         rank.agree(7, "a number")
         columns = rank.all_gather(x[:, : widths[rank.rank]], widths)
         return [columns, rank.all_reduce(x), rank.select_rows(x, owner == rank.rank), rank.broadcast(x)]
