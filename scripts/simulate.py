@@ -17,7 +17,7 @@ part of virtual time only with ``--charge-python``. All flags of the engine hold
 
 ``--data-parallel-size N`` replays the requests through N engines and the server's router, and compares it with taking
 turns and with giving each request to the engine that has the fewest (``simulated_replicas.py``). It also prints the hit
-rate of one cache as large as those of all engines, which no routing can exceed, and of one without a limit.
+rate of one cache as large as those of all engines, and of one that forgets nothing, which no routing can exceed.
 
 ``--steady N`` measures planning and retiring with exactly N requests that decode, and nothing else.
 """
