@@ -15,6 +15,7 @@ them: the time of a step is that between results. Figures are printed as they co
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import select
@@ -251,6 +252,8 @@ def all_steps(card: Card, ceilings: Ceilings, folder: str, options: argparse.Nam
     rows.append({"peak_gib": card.used_bytes() / 2**30})
     del steps
     if options.eager:
+        gc.unfreeze()  # a worker has all that it loads stay
+        gc.collect()
         steps, _ = start_engine(card, folder, options, eager=True)
         rows += decode(steps, ceilings, options, "eager")
     return rows
