@@ -130,7 +130,7 @@ class GroupRank:
         """Exchanges little and much, so that the connections of both exist, with their memory. All ranks call it."""
         for count in (1, MUCH // self.size) if self.size > 1 else ():
             parts = self.memory(self.size * count).view(self.size, count)
-            self.exchange(parts[0], parts)
+            self.exchange(self.memory(count), parts)
             self.swap(parts, torch.empty_like(parts))
         self.wait()
 
