@@ -222,11 +222,11 @@ POOLINGS: dict[str, Callable[[int], Pooling]] = {
 
 
 def create_pooling(params: ResolvedPoolingParams) -> Pooling:
-    """What a request asks for. CLS is the first position even if others skip it, as in sentence-transformers."""
+    """What a request asks for. CLS is the first position behind those that are skipped, as in sentence-transformers."""
     parts: list[Pooling] = []
     for name in params.pooling_type.split("+"):
         part = POOLINGS[name](params.num_skipped)
-        parts.append(LaterPooling(part, params.num_skipped) if params.num_skipped and name != "CLS" else part)
+        parts.append(LaterPooling(part, params.num_skipped) if params.num_skipped else part)
     return parts[0] if len(parts) == 1 else SeveralPoolings(parts)
 
 

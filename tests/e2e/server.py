@@ -90,6 +90,13 @@ class Server:
         lines = [line for line in text.splitlines() if re.match(rf"{re.escape(name)}(\{{| )", line)]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
+    def restarted(self, count: float) -> None:
+        """Waits until engines have been restarted so often: streams may end before a death is noticed."""
+        deadline = time.monotonic() + PATIENCE
+        while self.metric("octavo:engine_restarts_total") < count:
+            assert time.monotonic() < deadline, "".join(self.errors)
+            time.sleep(0.01)
+
     def rests(self) -> None:
         """Waits until no request is running and no block of the KV cache is in use."""
         deadline = time.monotonic() + PATIENCE

@@ -132,6 +132,7 @@ async def test_embeddings_survive_the_death_of_the_engine(tiny_model: Path) -> N
                 server.kill(title)
                 again = await task
                 assert [entry.embedding for entry in again.data] == [entry.embedding for entry in undisturbed.data]
+        server.restarted(2)
         assert server.metric("octavo:engine_restarts_total") == 2
         server.rests()
 

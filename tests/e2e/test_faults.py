@@ -150,8 +150,8 @@ def test_streams_survive_the_death_of_every_process_behind_the_api(server: Serve
             assert after.text == before.text
             assert after.finish_reason == before.finish_reason == "length"
             assert after.usage is not None and after.usage["completion_tokens"] == MAX_TOKENS
-    num_restarts, num_kills = server.metric("octavo:engine_restarts_total") - num_restarts, server.num_kills - num_kills
-    assert 5 <= num_restarts <= num_kills  # two deaths at once are one restart
+    server.restarted(num_restarts + 5)  # two deaths at once are one restart
+    assert server.metric("octavo:engine_restarts_total") - num_restarts <= server.num_kills - num_kills
     server.rests()
     assert server.get("/health").status_code == 200
 
@@ -213,12 +213,14 @@ def test_processes_that_hang_are_replaced(server: Server, undisturbed: list[Stre
         watching = threads.submit(watch)
         try:
             for title in ("octavo worker 0", "octavo engine_core"):
-                streams = again(partial(run_streams, server, signal.SIGSTOP, title))
-                assert [stream.tokens for stream in streams] == [stream.tokens for stream in undisturbed]
+                before = server.metric("octavo:engine_restarts_total")
+                while server.metric("octavo:engine_restarts_total") == before:  # one that is idle is awaited by nobody
+                    streams = again(partial(run_streams, server, signal.SIGSTOP, title))
+                    assert [stream.tokens for stream in streams] == [stream.tokens for stream in undisturbed]
         finally:
             stop.set()
         watching.result()
-    assert server.metric("octavo:engine_restarts_total") == num_restarts + 2
+    assert server.metric("octavo:engine_restarts_total") >= num_restarts + 2
     assert readiness == {200, 503}
 
 

@@ -103,5 +103,5 @@ def test_streams_that_are_left_disturb_nobody(late: Server, expected: list[Any])
 @pytest.mark.timeout(300)
 def test_streams_survive_the_death_of_the_worker(late: Server, expected: list[Any]) -> None:
     assert told(again(partial(run, late, kill="octavo worker 0"))) == expected
-    assert late.metric("octavo:engine_restarts_total") == 1
+    late.restarted(1)
     late.rests()

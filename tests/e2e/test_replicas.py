@@ -53,14 +53,6 @@ def find(server: Server, title: str) -> psutil.Process:
     return workers[0]
 
 
-def returned(server: Server, count: int) -> None:
-    """Waits until engines have been restarted so often."""
-    deadline = time.monotonic() + PATIENCE
-    while server.metric("octavo:engine_restarts_total") < count:
-        assert time.monotonic() < deadline, "".join(server.errors)
-        time.sleep(0.01)
-
-
 @pytest.mark.timeout(300)
 def test_streams_go_on_in_another_engine(tiny_model: Path) -> None:
     flags = ["--model", str(tiny_model), "--dtype", "float32", "--kv-cache-memory", "64MiB", "--max-model-len", "512"]
@@ -72,7 +64,7 @@ def test_streams_go_on_in_another_engine(tiny_model: Path) -> None:
             moved = server.metric("octavo:streams_moved_total")
             while server.metric("octavo:streams_moved_total") == moved:  # its streams may have ended before it died
                 streams = asyncio.run(run_streams(server, title))
-                returned(server, num_kills := num_kills + 1)
+                server.restarted(num_kills := num_kills + 1)
                 for before, after in zip(undisturbed, streams, strict=True):
                     assert after.tokens == before.tokens
                     assert after.text == before.text
@@ -118,7 +110,7 @@ def test_engines_of_two_machines(tiny_model: Path, tmp_path: Path) -> None:
             while not server.metric("octavo:streams_moved_total"):  # its streams may have ended before it died
                 restarts = server.metric("octavo:engine_restarts_total")
                 streams = asyncio.run(run_streams(server, kill_machine))
-                returned(server, int(restarts) + 1)
+                server.restarted(int(restarts) + 1)
                 for before, after in zip(undisturbed, streams, strict=True):
                     assert (after.tokens, after.text) == (before.tokens, before.text)
             answer = server.post("/v1/completions", {**body(1), "stream": False}, headers={"X-data-parallel-rank": "1"})

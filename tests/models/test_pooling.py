@@ -121,11 +121,11 @@ def expected(kind: str, prompt: list[int], params: ResolvedPoolingParams) -> tor
     with torch.inference_mode():
         states: torch.Tensor = reference(kind)(torch.tensor([prompt])).last_hidden_state[0]
     weights = torch.arange(1.0, len(prompt) + 1)[params.num_skipped :]
-    cls, states = states[0], states[params.num_skipped :]
+    states = states[params.num_skipped :]
     ways = {
         "LAST": states[-1],
         "MEAN": states.mean(0),
-        "CLS": cls,
+        "CLS": states[0],
         "ALL": states,
         "MAX": states.max(0).values,
         "MEAN_SQRT_LEN": states.sum(0) / len(states) ** 0.5,

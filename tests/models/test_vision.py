@@ -22,7 +22,7 @@ from engine_core.messages import EngineCoreRequest, ResolvedParams, f32
 from engine_core.request import Request
 from engine_core.scheduler import Scheduler
 from engine_core.validation import request_problem
-from executor import model_runner
+from executor import forward
 from executor.captured_layers import CapturedLayers
 from executor.config import DeviceConfig, ModelConfig, StepSize
 from executor.device.base import Device
@@ -332,7 +332,7 @@ def test_text_alone_runs_the_captured_program(monkeypatch: pytest.MonkeyPatch) -
         return run_model(model, batch, embeds)
 
     engine = Engine("llava")
-    monkeypatch.setattr(model_runner, "run_model", counted)
+    monkeypatch.setattr(forward, "run_model", counted)
     engine.add(3, *requests("llava")[3])
     engine.run()
     assert not eager and not engine.encoded
