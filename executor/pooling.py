@@ -79,11 +79,19 @@ class FirstPooling:
 class MeanPooling:
     """The mean over all positions: a float32 sum from the first position to the last, then one division."""
 
-    def __init__(self, *, root: bool = False) -> None:
-        """``root``: divide by the root of the number of positions."""
+    def __init__(self, *, root: bool = False, num_before: int | None = None) -> None:
+        """Creates the state.
+
+        Args:
+            root: Divide by the root of the number of positions.
+            num_before: Each position counts as often as its number, of which the first follows this one (SGPT,
+                arXiv:2202.08904). None: all count once.
+        """
         self._sum: F32 | None = None
-        self._count = 0
         self._root = root
+        self._is_weighted = num_before is not None
+        self._number = num_before or 0
+        self._weights = 0
 
     def wanted(self, first: int, count: int, *, is_last: bool) -> slice:
         return slice(0, count)
@@ -93,39 +101,14 @@ class MeanPooling:
             self._sum = np.zeros(rows.shape[1], np.float32)
         # Not rows.sum(), whose order would depend on the chunk size.
         for row in rows:
-            self._sum += row
-        self._count += len(rows)
-
-    def result(self) -> F32:
-        assert self._sum is not None
-        count = np.float32(self._count)
-        mean: F32 = self._sum / (np.sqrt(count) if self._root else count)
-        return mean
-
-
-class WeightedMeanPooling:
-    """The mean in which each position counts as often as its number, from 1 (SGPT, arXiv:2202.08904)."""
-
-    def __init__(self, num_skipped: int) -> None:
-        """``num_skipped``: Positions before the first, which are numbered, too."""
-        self._sum: F32 | None = None
-        self._number = num_skipped
-        self._weights = 0
-
-    def wanted(self, first: int, count: int, *, is_last: bool) -> slice:
-        return slice(0, count)
-
-    def take(self, rows: F32) -> None:
-        if self._sum is None:
-            self._sum = np.zeros(rows.shape[1], np.float32)
-        for row in rows:
             self._number += 1
-            self._weights += self._number
-            self._sum += row * np.float32(self._number)
+            self._weights += self._number if self._is_weighted else 1
+            self._sum += row * np.float32(self._number) if self._is_weighted else row
 
     def result(self) -> F32:
         assert self._sum is not None
-        mean: F32 = self._sum / np.float32(self._weights)
+        weights = np.float32(self._weights)
+        mean: F32 = self._sum / (np.sqrt(weights) if self._root else weights)
         return mean
 
 
@@ -216,7 +199,7 @@ POOLINGS: dict[str, Callable[[int], Pooling]] = {
     "ALL": lambda skipped: AllPooling(),
     "MAX": lambda skipped: MaxPooling(),
     "MEAN_SQRT_LEN": lambda skipped: MeanPooling(root=True),
-    "WEIGHTED_MEAN": WeightedMeanPooling,
+    "WEIGHTED_MEAN": lambda skipped: MeanPooling(num_before=skipped),
 }
 """By ``ResolvedPoolingParams.pooling_type``; called with the number of skipped positions."""
 

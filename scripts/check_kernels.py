@@ -240,7 +240,7 @@ def _short(instruction: str) -> str:
 
 
 def fingerprint(kernel: Any) -> str:
-    """What decides in which order a kernel adds: how products are done, and over how many warps a row is spread."""
+    """What decides in which order a kernel's products add."""
     text = kernel.asm["ttgir"]
     parts = set()
     for layout in re.findall(r"#ttg\.(?:nvidia_mma|amd_mfma)<\{([^}]*)\}>", text):

@@ -20,7 +20,7 @@ from ops.triton.catalog import Case, meta
 from ops.triton.codes import Layout
 from ops.triton.configs import TARGETS, Config, Target
 from ops.triton.gemm import PLAIN, Epilogue
-from ops.triton.per_token import launch_product, quantized_rows
+from ops.triton.per_token import launch_product, places_of_tile, quantized_rows
 
 COLUMNS = 128
 """Columns whose products a tensor core adds up, and of a group of weights."""
@@ -85,15 +85,7 @@ def fp8_gemm_kernel(
     HAS_RESIDUAL: tl.constexpr, GROUP: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """As ``per_token_gemm_kernel``."""
-    tiles_m = tl.cdiv(M, TILE_M)
-    tile_m, tile_n, _segment = gemm._tile_of(tiles_m, tl.cdiv(N, TILE_N), 1, False, GROUP)
-    own_k = tl.arange(0, TILE_K)
-    m = tile_m * TILE_M + tl.arange(0, TILE_M)
-    n = tile_n * TILE_N + tl.arange(0, TILE_N)
-    row = tl.minimum(n, N - 1)
-    x_places = x_ptr + (tl.minimum(m, M - 1).to(tl.int64) * padded)[:, None] + own_k[None, :]
-    w_places = w_ptr + (row.to(tl.int64) * padded)[:, None] + own_k[None, :]
-    up_places = w_ptr + ((row + N).to(tl.int64) * padded)[:, None] + own_k[None, :]
+    m, n, row, x_places, w_places, up_places = places_of_tile(w_ptr, x_ptr, M, N, padded, GROUP, TILE_M, TILE_N, TILE_K)
     total, total_up = scaled_sums(
         w_places, up_places, w_scale_ptr, x_places, x_scale_ptr + m, m < M, row, N, padded, GROUPED, GATED,
         TILE_M, TILE_N, TILE_K,

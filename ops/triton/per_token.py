@@ -96,13 +96,13 @@ def scaled_sums(
     return total, total_up
 
 
-@triton.jit(do_not_specialize=["M"])
-def per_token_gemm_kernel(
-    w_ptr, w_scale_ptr, x_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_ptr, M, N, padded, residual_stride, out_stride,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+@triton.jit
+def places_of_tile(
+    w_ptr, x_ptr, M, N, padded,
     GROUP: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """Rows beyond the weight repeat its last one; rows are ``padded`` codes on both sides, whole tiles."""
+    """A program's tile: its rows and columns of the result, the rows of the weight, and where the first columns of the
+    codes, of these rows and of those N further are. Rows beyond the weight repeat its last one."""
     tiles_m = tl.cdiv(M, TILE_M)
     tile_m, tile_n, _segment = gemm._tile_of(tiles_m, tl.cdiv(N, TILE_N), 1, False, GROUP)
     own_k = tl.arange(0, TILE_K)
@@ -112,6 +112,17 @@ def per_token_gemm_kernel(
     x_places = x_ptr + (tl.minimum(m, M - 1).to(tl.int64) * padded)[:, None] + own_k[None, :]
     w_places = w_ptr + (row.to(tl.int64) * padded)[:, None] + own_k[None, :]
     up_places = w_ptr + ((row + N).to(tl.int64) * padded)[:, None] + own_k[None, :]
+    return m, n, row, x_places, w_places, up_places
+
+
+@triton.jit(do_not_specialize=["M"])
+def per_token_gemm_kernel(
+    w_ptr, w_scale_ptr, x_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_ptr, M, N, padded, residual_stride, out_stride,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    GROUP: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """Rows are ``padded`` codes on both sides, whole tiles."""
+    m, n, row, x_places, w_places, up_places = places_of_tile(w_ptr, x_ptr, M, N, padded, GROUP, TILE_M, TILE_N, TILE_K)
     total, total_up = scaled_sums(
         w_places, up_places, w_scale_ptr, x_places, x_scale_ptr + m, m < M, row, N, padded, False, GATED,
         TILE_M, TILE_N, TILE_K,
