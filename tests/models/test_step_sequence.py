@@ -73,12 +73,15 @@ def test_drafts_are_verified_in_each_step(
         return Engine(device, monkeypatch, num_scheduler_steps=num_steps, speculative=speculative, **setup)
 
     expected = answers(engine(1))
-    config = draft_model(is_adaptive=False) if wrong_every < 0 else scripts(tmp_path, expected[0], 4, wrong_every)
+    config = draft_model() if wrong_every < 0 else scripts(tmp_path, expected[0], 4, wrong_every)
+    config = msgspec.structs.replace(config, is_adaptive=False)  # numbers of plans must not depend on time
     single, several = engine(1, config), engine(3, config)
     assert answers(single)[0] == answers(several)[0] == expected[0]
     if not is_late:  # products of torch depend a little on how many rows there are
         assert several.logprobs == expected[1] and several.vectors == expected[2], "bit for bit"
-    assert (3, True) in several.plans and len(several.plans) < len(single.plans)
+    assert (3, True) in several.plans
+    if "num_blocks" not in setup:  # a plan of several steps takes more blocks, so that more requests are preempted
+        assert len(several.plans) < len(single.plans)
     assert (several.num_accepted > 0) == (wrong_every != 1)
 
 
