@@ -76,7 +76,8 @@ def with_rays_machines(engine: EngineConfig) -> EngineConfig:
     if parallel.pipeline_parallel_size == 1:
         raise ConfigError(
             "--distributed-executor-backend ray: Ray provides machines for pipeline stages; add "
-            "--pipeline-parallel-size with the number of machines, or use mp on one"
+            "--pipeline-parallel-size with the number of machines, --nnodes to divide layers among so many with "
+            "--tensor-parallel-size, or use mp on one"
         )
     parallel = replace(parallel, nnodes=parallel.pipeline_parallel_size)
     return replace(engine, executor=replace(executor, parallel=parallel))
@@ -101,6 +102,23 @@ def check_ray_address(address: str) -> None:
         raise ConfigError(
             f"--ray-address {address}: the server runs on a machine of the cluster; give the address of ray start, "
             "such as 10.0.0.1:6379, without ray://"
+        )
+
+
+def _check_shares(parallel: ParallelConfig) -> None:
+    """Checks that each machine has a share of the model."""
+    nnodes, num_stages = parallel.nnodes, parallel.pipeline_parallel_size
+    if nnodes <= num_stages:
+        return
+    if nnodes % num_stages:
+        raise ConfigError(
+            f"--nnodes {nnodes}: {num_stages} pipeline stages cannot have the same number of machines; use "
+            f"--pipeline-parallel-size {nnodes}, or a divisor of it"
+        )
+    if parallel.tensor_parallel_size < nnodes // num_stages:
+        raise ConfigError(
+            f"--nnodes {nnodes}: machines divide a model by pipeline stages, or layers among their workers; use "
+            f"--pipeline-parallel-size {nnodes} or more, or --tensor-parallel-size {nnodes // num_stages} or more"
         )
 
 
@@ -144,11 +162,7 @@ def check_machines(engine: EngineConfig, num_replicas: int, replica_backend: str
         raise ConfigError(f"--node-rank {rank}: must be less than --nnodes, which is {nnodes}")
     if backend not in PROCESSES:
         raise ConfigError(f"--nnodes {nnodes}: workers are processes; use --distributed-executor-backend mp")
-    if parallel.pipeline_parallel_size < nnodes:
-        raise ConfigError(
-            f"--nnodes {nnodes}: machines divide a model by pipeline stages; use --pipeline-parallel-size {nnodes} or "
-            "more (--tensor-parallel-size divides layers within a machine)"
-        )
+    _check_shares(parallel)
     if num_replicas > 1:
         raise ConfigError(
             f"--nnodes {nnodes}: with several engines, each has one machine; omit --nnodes and add machines with "

@@ -16,7 +16,7 @@ from executor.config import Config, ExecutorConfig
 from executor.liveness import ProcessSample
 from executor.log import get_logger
 from executor.messages import FromWorker, ToWorker, WorkerShutdown
-from executor.parallel import ParallelState, SharedByRanks, about_ranks, places, split_cores
+from executor.parallel import ParallelState, SharedByRanks, about_ranks, awaited_from_afar, places, split_cores
 from executor.process import ChildProcess, prepared_child
 
 logger = get_logger()
@@ -102,7 +102,7 @@ class LocalWorkers:
         config = config if self._life == 1 else msgspec.structs.replace(config, memory_share=None)
         cores: list[tuple[int, ...]] = [()] * len(ranks)
         sockets = listeners or {}
-        shared = SharedByRanks(ranks)
+        shared, everyone = SharedByRanks(ranks), places(config.parallel)
         if len(ranks) > config.parallel.num_mirrors:
             cores = split_cores(len(ranks))
             if self._life == 1:
@@ -111,7 +111,8 @@ class LocalWorkers:
             input_address = f"ipc://{self._ipc_dir}/{self._life}.{parallel.rank}.in"
             self._inputs.append(self._bind(zmq.PUSH, input_address))
             given = self._descriptors(parallel.rank) | shared.of(parallel)
-            given |= {LISTENER + name: sockets[name] for name in parallel.events if name in sockets}
+            if network is not None:
+                given |= {LISTENER + name: sockets[name] for name in awaited_from_afar(everyone, parallel)}
             launch = WorkerLaunch(
                 parallel=parallel,
                 config=config,

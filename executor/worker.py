@@ -60,7 +60,8 @@ from executor.messages import (
 from executor.model_runner import ModelRunner, PendingOutput, StartedStep
 from executor.multiproc import LISTENER, WorkerLaunch
 from executor.nodes.links import NetworkLinks
-from executor.parallel import RANKS, RENDEZVOUS, STAGES, ParallelState, num_sharers, places
+from executor.nodes.ranks import join_machines
+from executor.parallel import RANKS, RENDEZVOUS, STAGES, ParallelState, near_place, num_sharers, places
 from executor.process import read_descriptors, read_payload
 from executor.readiness import worker_ready
 from executor.stages import Stage, StageRoom, connect
@@ -190,6 +191,9 @@ class Worker:
             if not device.shares_memory:
                 raise ModelError(f"--nnodes {self.config.parallel.nnodes}: machines share models on CPUs alone; use 1")
             self._links.check()
+            ranks = places(self.config.parallel)
+            near = device.communicator(near_place(ranks, self.parallel))
+            return join_machines(ranks, self.parallel, near, self._links)
         return device.communicator(self.parallel)
 
     def _connect(self, loaded: LoadedModel, device: Device, communicator: Communicator) -> Stage:

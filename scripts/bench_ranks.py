@@ -35,7 +35,7 @@ from executor.config import ParallelConfig
 from executor.multiproc import LISTENER, Network
 from executor.nodes.head import open_listeners
 from executor.nodes.links import NetworkLinks
-from executor.parallel import RANKS, SharedByRanks, places, split_cores
+from executor.parallel import RANKS, SharedByRanks, awaited_from_afar, places, split_cores
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Team:
         processes = []
         for place in ranks:
             given, rank = shared[place.node_rank].of(place), place.rank
-            given |= {LISTENER + name: listeners[name][0] for name in place.events if name in listeners}
+            given |= {LISTENER + name: listeners[name][0] for name in awaited_from_afar(ranks, place)}
             own = ["--rank", str(rank), "--cores", *map(str, cores[rank]), "--descriptors", json.dumps(given)]
             processes.append(
                 subprocess.Popen(

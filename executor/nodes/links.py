@@ -86,9 +86,23 @@ class NetworkSource:
     def take(self, step_id: int) -> Tensor:
         number, frames = self._messages.popleft()
         if number != step_id:
-            raise LinkError(f"the connection to another machine broke: step {step_id} is missing, step {number} came")
+            raise LinkError(
+                f"the connection to another machine broke: message {step_id} is missing, message {number} came"
+            )
         data = bytearray().join(frames)
         return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+    def receive(self, number: int) -> Tensor:
+        """Waits for the next message, which has this number: uint8 [bytes].
+
+        Raises:
+            LinkError: It has another one.
+        """
+        if not self._messages:
+            head, *frames = self._socket.recv_multipart()
+            self._messages.append((_NUMBER.unpack(head)[0], frames))
+            self._count += 1
+        return self.take(number)
 
     def fileno(self) -> int:
         return int(self._socket.getsockopt(zmq.FD))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 
 from executor.parallel.state import ParallelState, hidden_event, tokens_event
@@ -37,12 +38,12 @@ class SharedByRanks:
             OSError: The system refuses.
         """
         self._ranks = ranks
-        self._of_stages: dict[int, int] = {}
         self._between: dict[str, int] = {}
         self._of_all = {RENDEZVOUS: os.memfd_create("octavo-rendezvous")} if len(ranks) > 1 else {}
-        stages = sorted({each.pp_rank for each in ranks})
-        if ranks[0].tp_size > 1:
-            self._of_stages = {stage: create_shared_memory() for stage in stages}
+        sizes = Counter(each.pp_rank for each in ranks)
+        stages = sorted(sizes)
+        shared = [stage for stage in stages if ranks[0].tp_size > 1 and sizes[stage] > 1]
+        self._of_stages = {stage: create_shared_memory() for stage in shared}
         if len(stages) > 1:
             self._between = {STAGES: create_shared_memory()}
             has_output_rank = any(each.is_output_rank for each in ranks)

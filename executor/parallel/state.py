@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from executor.config import ParallelConfig
 from executor.parallel.split import split_evenly
@@ -30,11 +31,6 @@ class ParallelState:
     local_rank: int = 0
     """Rank among the workers of its machine."""
 
-    @property
-    def events(self) -> tuple[str, str]:
-        """Names of the events that this rank waits for; not every rank has both."""
-        return hidden_event(self.rank), tokens_event(self.rank)
-
 
 def hidden_event(rank: int) -> str:
     """Name of the event that hidden states have come for a rank."""
@@ -46,27 +42,53 @@ def tokens_event(rank: int) -> str:
     return f"tokens.{rank}"
 
 
+def columns_event(rank: int, sender: int) -> str:
+    """Name of the event that columns of another machine's ranks have come for a rank."""
+    return f"columns.{rank}.{sender}"
+
+
 def places(config: ParallelConfig) -> list[ParallelState]:
     """The place of each worker, by rank: ordered by pipeline stage, then by tensor parallel rank.
 
-    The output rank is the first rank of the last stage. Each machine has consecutive stages.
+    The output rank is the first rank of the last stage. Each machine has consecutive stages; if there are more machines
+    than stages, each stage has as many of them, with consecutive ranks of it.
     """
     tp_size, pp_size = config.tensor_parallel_size, config.pipeline_parallel_size
     cells = [(stage, shard) for _ in range(config.num_mirrors) for stage in range(pp_size) for shard in range(tp_size)]
     output_rank = (pp_size - 1) * tp_size
-    nodes = [node for node, share in enumerate(split_evenly(pp_size, config.nnodes)) for _ in range(share.size)]
-    return [
-        ParallelState(
-            shard,
-            tp_size,
-            stage,
-            pp_size,
-            rank,
-            is_output_rank=rank == output_rank,
-            node_rank=nodes[stage],
-            local_rank=rank - nodes.index(nodes[stage]) * tp_size,
+    nodes = _nodes(config)
+    of_node: Counter[int] = Counter()
+    result = []
+    for rank, (stage, shard) in enumerate(cells):
+        node = nodes[rank % len(nodes)]
+        result.append(
+            ParallelState(
+                shard,
+                tp_size,
+                stage,
+                pp_size,
+                rank,
+                is_output_rank=rank == output_rank,
+                node_rank=node,
+                local_rank=of_node[node],
+            )
         )
-        for rank, (stage, shard) in enumerate(cells)
+        of_node[node] += 1
+    return result
+
+
+def _nodes(config: ParallelConfig) -> list[int]:
+    """The machine of each rank of one copy of the model."""
+    tp_size, pp_size, nnodes = config.tensor_parallel_size, config.pipeline_parallel_size, config.nnodes
+    if nnodes <= pp_size:
+        shares = split_evenly(pp_size, nnodes)
+        return [node for node, share in enumerate(shares) for _ in range(share.size * tp_size)]
+    each = nnodes // pp_size
+    return [
+        stage * each + node
+        for stage in range(pp_size)
+        for node, share in enumerate(split_evenly(tp_size, each))
+        for _ in range(share.size)
     ]
 
 
@@ -90,4 +112,32 @@ def awaited_from_afar(ranks: Sequence[ParallelState], own: ParallelState) -> dic
             result[hidden_event(own.rank)] = each
         if each.is_output_rank and own.pp_rank < own.pp_size - 1:
             result[tokens_event(own.rank)] = each
+    group = leaders(ranks, own)
+    if own in group:
+        result |= {columns_event(own.rank, each.rank): each for each in group if each != own}
     return result
+
+
+def leaders(ranks: Sequence[ParallelState], own: ParallelState) -> list[ParallelState]:
+    """The ranks that exchange columns with other machines, the first of each machine that has ranks of a stage.
+
+    Args:
+        ranks: All ranks, in order, of one copy of the model.
+        own: One of the stage.
+    """
+    first: dict[int, ParallelState] = {}
+    for each in ranks:
+        if each.pp_rank == own.pp_rank:
+            first.setdefault(each.node_rank, each)
+    return list(first.values())
+
+
+def near_place(ranks: Sequence[ParallelState], own: ParallelState) -> ParallelState:
+    """A rank's place among those of its stage on its machine, as if there were no others.
+
+    Args:
+        ranks: All ranks, in order.
+        own: One of them.
+    """
+    near = [each for each in ranks if (each.pp_rank, each.node_rank) == (own.pp_rank, own.node_rank)]
+    return replace(own, tp_rank=own.tp_rank - near[0].tp_rank, tp_size=len(near))

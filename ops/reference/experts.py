@@ -110,20 +110,25 @@ def experts(
     Returns:
         [tokens, hidden] in the dtype of ``x``; of several ranks, the columns that this one makes.
     """
-    total = torch.zeros((len(x), weights.down[0].shape[0]), dtype=torch.float32, device=x.device)
-    for index in (routed != 0).any(0).nonzero().flatten().tolist():
-        tokens = (routed[:, index] != 0).nonzero().flatten()
-        weight = routed[tokens, index, None]
+    chosen = (routed != 0).any(0).nonzero().flatten().tolist()
+    tokens_of = [(routed[:, index] != 0).nonzero().flatten() for index in chosen]
+    inner_of = []
+    for index, tokens in zip(chosen, tokens_of, strict=True):
         selected = x[tokens]
         if weights.scales_input:
-            selected = (selected.float() * weight).to(x.dtype)
-        up_bias, down_bias = _of(weights.gate_up_bias, index), _of(weights.down_bias, index)
+            selected = (selected.float() * routed[tokens, index, None]).to(x.dtype)
+        up_bias = _of(weights.gate_up_bias, index)
         gate_up = linear(selected, weights.gate_up[index], up_bias)
         for places, adapter in [] if adapters is None else of_rows(adapters.gate_up[index], rows, tokens):
             gate_up[places] = adapted(selected[places], weights.gate_up[index], up_bias, adapter).to(x.dtype)
-        inner = _activated(gate_up, weights)
-        if weights.communicator is not None:
-            inner = weights.communicator.all_gather(inner, weights.inner_widths)
+        inner_of.append(_activated(gate_up, weights))
+    if weights.communicator is not None and inner_of:  # all at once
+        whole = weights.communicator.all_gather(torch.cat(inner_of), weights.inner_widths)
+        inner_of = list(whole.split([len(tokens) for tokens in tokens_of]))
+    total = torch.zeros((len(x), weights.down[0].shape[0]), dtype=torch.float32, device=x.device)
+    for index, tokens, inner in zip(chosen, tokens_of, inner_of, strict=True):
+        weight = routed[tokens, index, None]
+        down_bias = _of(weights.down_bias, index)
         out = unrounded(inner, weights.down[index], down_bias)
         for places, adapter in [] if adapters is None else of_rows(adapters.down[index], rows, tokens):
             out[places] = adapted(inner[places], weights.down[index], down_bias, adapter)

@@ -70,7 +70,9 @@ def test_messages_between_machines(stack: ExitStack) -> None:
     while source.num_arrived() < 7:
         assert select.select([source], [], [], DEADLINE)[0]
     assert len(source.take(6)) == 0
-    with pytest.raises(LinkError, match="^the connection to another machine broke: step 7 is missing, step 8 came$"):
+    with pytest.raises(
+        LinkError, match="^the connection to another machine broke: message 7 is missing, message 8 came$"
+    ):
         source.take(7)
 
 

@@ -65,7 +65,9 @@ def expected() -> list[Any]:
     return result
 
 
-@pytest.mark.parametrize(("num_ranks", "num_stages", "nnodes"), [(1, 2, 1), (1, 3, 1), (2, 2, 1), (2, 3, 2)])
+@pytest.mark.parametrize(
+    ("num_ranks", "num_stages", "nnodes"), [(1, 2, 1), (1, 3, 1), (2, 2, 1), (2, 3, 2), (3, 1, 2), (2, 2, 4)]
+)
 @pytest.mark.parametrize("drafts", [False, True])
 def test_requests_of_all_kinds(num_ranks: int, num_stages: int, nnodes: int, drafts: bool, expected: list[Any]) -> None:
     speculative = SpeculativeConfig(method="ngram", num_speculative_tokens=3) if drafts else None

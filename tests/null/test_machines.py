@@ -36,7 +36,7 @@ from executor.nodes.key_files import create_key_file, read_key_file
 from executor.nodes.keys import Curve, Gate
 from executor.nodes.messages import NodeHello, NodeStatus
 from executor.nodes.worker_duties import WorkerDuties
-from executor.parallel import SharedByRanks, awaited_from_afar, places
+from executor.parallel import SharedByRanks, awaited_from_afar, leaders, near_place, places
 from tests.null.test_multiproc import FakeChild, Peer
 from tests.ports import free_port
 
@@ -75,7 +75,9 @@ CLUSTER = {"nnodes": 2, "pipeline_parallel_size": 2, "master_addr": "10.0.0.1", 
         ({"node_address": "::"}, "--node-address ::: must be one address of this machine"),
         ({"node_rank": 2}, "--node-rank 2: must be less than --nnodes, which is 2"),
         ({"nnodes": 1, "node_rank": 1}, "--node-rank 1: needs --nnodes"),
-        ({"pipeline_parallel_size": 1, "tensor_parallel_size": 2}, "use --pipeline-parallel-size 2 or more"),
+        ({"pipeline_parallel_size": 1}, "-parallel-size 2 or more, or --tensor-parallel-size 2 or more"),
+        ({"nnodes": 4}, "use --pipeline-parallel-size 4 or more, or --tensor-parallel-size 2 or more"),
+        ({"nnodes": 3, "tensor_parallel_size": 4}, "2 pipeline stages cannot have the same number of machines"),
         ({"data_parallel_size": 2}, "with several engines, each has one machine; omit --nnodes"),
         ({"kv_cache_dir": "/kv"}, "--kv-cache-dir keeps the KV cache of one machine"),
         ({"distributed_executor_backend": "simulated", "pipeline_parallel_size": 1}, "workers are processes"),
@@ -148,6 +150,30 @@ def test_stages_are_dealt_to_machines() -> None:
             assert names[3] == {"ranks", "stages", "hidden.3"}
         else:
             assert names == [{"ranks"}, {"ranks"}]
+
+
+def test_layers_are_dealt_to_machines() -> None:
+    """Two machines for each of two stages; the first has two of three ranks."""
+    ranks = places(ParallelConfig(tensor_parallel_size=3, pipeline_parallel_size=2, nnodes=4))
+    assert [each.node_rank for each in ranks] == [0, 0, 1, 2, 2, 3]
+    assert [each.local_rank for each in ranks] == [0, 1, 0, 0, 1, 0]
+    assert [[each.rank for each in leaders(ranks, own)] for own in ranks] == [[0, 2]] * 3 + [[3, 5]] * 3
+    awaited = [{name: each.rank for name, each in awaited_from_afar(ranks, own).items()} for own in ranks]
+    assert awaited == [
+        {"tokens.0": 3, "columns.0.2": 2},
+        {"tokens.1": 3},
+        {"tokens.2": 3, "columns.2.0": 0},
+        {"hidden.3": 0, "columns.3.5": 5},
+        {"hidden.4": 0},
+        {"hidden.5": 0, "columns.5.3": 3},
+    ]
+    assert [(place.tp_rank, place.tp_size) for place in (near_place(ranks, own) for own in ranks)] == [
+        *[(0, 2), (1, 2), (0, 1)] * 2
+    ]
+    for node, names in enumerate([{"ranks"}, set(), {"ranks"}, set()]):
+        shared = SharedByRanks([each for each in ranks if each.node_rank == node])
+        assert all(set(shared.of(each)) - {"rendezvous"} == names for each in ranks if each.node_rank == node)
+        shared.close()
 
 
 # -- a leader and an agent
