@@ -133,6 +133,7 @@ class LLMOptions(TypedDict, total=False):
     master_port: int
     node_address: str
     cluster_key: str
+    private_interface: str
     ray_address: str
     device: str
     attention_backend: str | None

@@ -57,6 +57,8 @@ class WorkerLaunch(Config, frozen=True):
 
 LISTENER = "listen:"
 """Prefix of the names of listening sockets."""
+STORE = "store"
+"""Name of the endpoint at which machines find each other with ``--private-interface``."""
 
 
 class LocalWorkers:
@@ -113,6 +115,8 @@ class LocalWorkers:
             given = self._descriptors(parallel.rank) | shared.of(parallel)
             if network is not None:
                 given |= {LISTENER + name: sockets[name] for name in awaited_from_afar(everyone, parallel)}
+                if STORE in sockets and parallel.rank == 0:
+                    given[LISTENER + STORE] = sockets[STORE]
             launch = WorkerLaunch(
                 parallel=parallel,
                 config=config,

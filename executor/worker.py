@@ -193,7 +193,7 @@ class Worker:
             self._links.check()
             ranks = places(self.config.parallel)
             near = device.communicator(near_place(ranks, self.parallel))
-            return join_machines(ranks, self.parallel, near, self._links)
+            return join_machines(ranks, self.parallel, near, self._links, self.config.parallel.private_interface)
         return device.communicator(self.parallel)
 
     def _connect(self, loaded: LoadedModel, device: Device, communicator: Communicator) -> Stage:

@@ -80,7 +80,9 @@ class ThreadExecutor:
         ranks = places(self._config.parallel)
         nodes = range(self._config.parallel.nnodes)
         self._shared = [SharedByRanks([each for each in ranks if each.node_rank == node]) for node in nodes]
-        listeners = {name: found for node in nodes for name, found in open_listeners(ranks, node, "127.0.0.1").items()}
+        interface = self._config.parallel.private_interface
+        opened = [open_listeners(ranks, node, "127.0.0.1", interface) for node in nodes]
+        listeners = {name: found for each in opened for name, found in each.items()}
         endpoints = {name: endpoint for name, (_, endpoint) in listeners.items()}
         network = Network(cluster_key=bytes(32), addresses=("127.0.0.1",) * len(nodes), endpoints=endpoints)
         sockets = {name: descriptor for name, (descriptor, _) in listeners.items()}
@@ -172,13 +174,24 @@ class Engine(Harness):
 
 @contextmanager
 def engine(
-    model: Path, num_ranks: int = 1, num_stages: int = 1, num_blocks: int | None = None, nnodes: int = 1, **fields: Any
+    model: Path,
+    num_ranks: int = 1,
+    num_stages: int = 1,
+    num_blocks: int | None = None,
+    nnodes: int = 1,
+    interface: str = "",
+    **fields: Any,
 ) -> Iterator[Engine]:
     """An engine with workers of one thread each. ``fields``: more of ``ExecutorConfig``."""
     cache = CacheConfig(kv_cache_memory=4 << 20, num_gpu_blocks_override=num_blocks)
     executor = ExecutorConfig(
         model=ModelConfig(model=str(model), dtype="float32", max_model_len=256),
-        parallel=ParallelConfig(tensor_parallel_size=num_ranks, pipeline_parallel_size=num_stages, nnodes=nnodes),
+        parallel=ParallelConfig(
+            tensor_parallel_size=num_ranks,
+            pipeline_parallel_size=num_stages,
+            nnodes=nnodes,
+            private_interface=interface,
+        ),
         device=DeviceConfig(num_threads=1),
         check_every_step=True,
         **fields,

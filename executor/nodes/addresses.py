@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import socket
+import struct
 from typing import Any
 
 import zmq
+
+from executor.base import ModelError
+
+_SIOCGIFADDR = 0x8915
+"""Asks Linux for the address of an interface."""
+_NAME_BYTES = 15
+"""Of the longest name of an interface."""
 
 
 def endpoint_of(host: str, port: int) -> str:
@@ -14,9 +23,37 @@ def endpoint_of(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
+def host_and_port(endpoint: str) -> tuple[str, int]:
+    """What ``endpoint_of`` was told."""
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def private_address(interface: str) -> str:
+    """The IPv4 address of an interface in a private network.
+
+    Raises:
+        ModelError: There is no such interface, or anybody may reach it.
+    """
+    option = f"--private-interface {interface}"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:_NAME_BYTES]))
+        except OSError as error:
+            reason = f"has no IPv4 address here: {error.strerror}; ip address lists those that have"
+            raise ModelError(f"{option}: {reason}") from None
+    address = socket.inet_ntoa(answer[20:24])
+    if not ipaddress.ip_address(address).is_private:
+        raise ModelError(
+            f"{option}: {address} is no private address, and what goes over it is not encrypted; name another "
+            "interface, such as one of a VPN, or omit it"
+        )
+    return address
+
+
 def use_ipv6(connection: zmq.Socket[Any], endpoint: str) -> None:
     """Prepares a socket for an endpoint, whose address may be one of IPv6, or a name."""
-    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    host, _ = host_and_port(endpoint)
     try:
         is_other = ipaddress.ip_address(host).version != 4
     except ValueError:

@@ -15,8 +15,8 @@ from executor.config import ExecutorConfig
 from executor.liveness import ProcessSample
 from executor.log import get_logger
 from executor.messages import EXIT_MODEL, FromWorker, ToWorker, WorkerFailed
-from executor.multiproc import LocalWorkers, Network
-from executor.nodes.addresses import listen
+from executor.multiproc import STORE, LocalWorkers, Network
+from executor.nodes.addresses import listen, private_address
 from executor.nodes.key_files import read_key_file
 from executor.nodes.members import Members
 from executor.nodes.messages import (
@@ -40,22 +40,30 @@ DOWN, WAITING, PREPARING, LAUNCHING, RUNNING = range(5)
 have been started."""
 
 
-def open_listeners(ranks: list[ParallelState], node_rank: int, address: str) -> dict[str, tuple[int, str]]:
+def open_listeners(
+    ranks: list[ParallelState], node_rank: int, address: str, interface: str = ""
+) -> dict[str, tuple[int, str]]:
     """Opens the sockets on which ranks of a machine get messages from others.
 
     Args:
         ranks: All ranks.
         node_rank: The machine.
         address: Its address.
+        interface: ``--private-interface``. On it, machine 0 has the store (``STORE``) through which leaders find each
+            other.
 
     Returns:
         Descriptor and endpoint, by name of the event.
 
     Raises:
         OSError: It is no address of this machine.
+        ModelError: The interface cannot be used.
     """
     own = [each for each in ranks if each.node_rank == node_rank]
-    return {name: listen(address) for each in own for name in awaited_from_afar(ranks, each)}
+    found = {name: listen(address) for each in own for name in awaited_from_afar(ranks, each)}
+    if interface and node_rank == 0:
+        found[STORE] = listen(private_address(interface))
+    return found
 
 
 class NodesExecutor:
@@ -86,6 +94,12 @@ class NodesExecutor:
         """Readable if there is a failure."""
         try:
             self._secret = read_key_file(config.parallel.cluster_key)
+            if interface := config.parallel.private_interface:
+                logger.warning(
+                    "machines exchange columns of layers over %s (%s), not encrypted, and without asking for a key",
+                    interface,
+                    private_address(interface),
+                )
             self._members = Members(config, self._secret)
         except ModelError as error:
             self._failure = WorkerFailed(0, str(error), EXIT_MODEL)
@@ -107,7 +121,7 @@ class NodesExecutor:
         if members is None:
             return
         if self._phase == WAITING and not members.missing:
-            own = open_listeners(self._ranks, 0, members.address)
+            own = open_listeners(self._ranks, 0, members.address, self._config.parallel.private_interface)
             self._listeners = {name: descriptor for name, (descriptor, _) in own.items()}
             self._prepared = {0: {name: endpoint for name, (_, endpoint) in own.items()}}
             self._phase = PREPARING

@@ -125,7 +125,9 @@ class NetworkLinks:
             own: The place of this one.
             listeners: Sockets of its endpoints, by the name of the event.
         """
-        self._network, self._own = network, own
+        self.network, self._own = network, own
+        self.listeners = listeners
+        """As given."""
         self._context: zmq.Context[Any] = zmq.Context()
         curve = Curve(network.cluster_key)
         self._gate = Gate(self._context, curve)
@@ -152,8 +154,8 @@ class NetworkLinks:
             if not self.sources[name].wait_for_greeting(timeout):
                 theirs, ours = sender.node_rank, self._own.node_rank
                 raise LinkError(
-                    f"machine {theirs} ({self._network.addresses[theirs]}) cannot reach machine {ours} at "
-                    f"{self._network.endpoints[name]}: no connection within {timeout:.0f} s; let all machines of the "
+                    f"machine {theirs} ({self.network.addresses[theirs]}) cannot reach machine {ours} at "
+                    f"{self.network.endpoints[name]}: no connection within {timeout:.0f} s; let all machines of the "
                     "cluster reach each other on all ports, or choose other addresses with --node-address"
                 )
 

@@ -16,6 +16,7 @@ from executor.config import ExecutorConfig, ModelConfig
 from executor.liveness import sample_process
 from executor.log import get_logger
 from executor.multiproc import LocalWorkers, Network
+from executor.nodes.addresses import private_address
 from executor.nodes.head import open_listeners
 from executor.nodes.messages import (
     FromMember,
@@ -118,7 +119,10 @@ class WorkerDuties:
         self._config = with_files_of(message.config, self._own)
         self._life = message.life
         try:
-            found = open_listeners(places(message.config.parallel), self._node_rank, address)
+            parallel = self._config.parallel
+            if parallel.private_interface:
+                private_address(parallel.private_interface)  # there must be one
+            found = open_listeners(places(parallel), self._node_rank, address)
         except OSError as error:
             raise ModelError(
                 f"--node-address {address}: cannot listen for other machines: {error.strerror or error}"
@@ -137,7 +141,7 @@ class WorkerDuties:
 
 
 def with_files_of(config: ExecutorConfig, own: ExecutorConfig) -> ExecutorConfig:
-    """The leader's configuration, with the files and threads of this machine.
+    """The leader's configuration, with the files, threads and interface of this machine.
 
     Raises:
         ModelError: A draft model is missing here.
@@ -149,7 +153,11 @@ def with_files_of(config: ExecutorConfig, own: ExecutorConfig) -> ExecutorConfig
             raise ModelError("--speculative-config: the server has a draft model; this machine needs the same option")
         speculative = replace(speculative, draft=_with_files(speculative.draft, draft))
     device = replace(config.device, num_threads=own.device.num_threads or config.device.num_threads)
-    return replace(config, model=_with_files(config.model, own.model), device=device, speculative=speculative)
+    parallel = config.parallel
+    if parallel.private_interface and own.parallel.private_interface:
+        parallel = replace(parallel, private_interface=own.parallel.private_interface)
+    model = _with_files(config.model, own.model)
+    return replace(config, model=model, device=device, speculative=speculative, parallel=parallel)
 
 
 def _with_files(model: ModelConfig, own: ModelConfig) -> ModelConfig:

@@ -79,12 +79,12 @@ def test_messages_between_machines(stack: ExitStack) -> None:
 def test_strangers_are_not_heard(stack: ExitStack) -> None:
     first, second, third = open_links(stack)
     assert first is not None and second is not None and third is not None
-    for endpoint in first._network.endpoints.values():
+    for endpoint in first.network.endpoints.values():
         for data in (pickle.dumps(print), bytes(range(256)) * 10):
             with socket.create_connection(("127.0.0.1", int(endpoint.rpartition(":")[2]))) as connection:
                 connection.sendall(data)
     context: zmq.Context[Any] = zmq.Context()
-    stranger = NetworkTarget(context, Curve(b"another key" + bytes(21)), first._network.endpoints["hidden.1"])
+    stranger = NetworkTarget(context, Curve(b"another key" + bytes(21)), first.network.endpoints["hidden.1"])
     stranger.send(1, torch.ones(1))
     second.check(DEADLINE)
     first.targets["hidden.1"].send(1, torch.zeros(1))

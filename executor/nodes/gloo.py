@@ -1,0 +1,77 @@
+"""Machines connected by torch.distributed, in a network that one trusts: Gloo encrypts nothing, and asks for no key.
+
+It listens on one interface, and so does the store through which the machines find each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions, PrefixStore, TCPStore
+
+from executor.nodes.addresses import host_and_port
+from ops import PeerLostError
+
+PATIENCE = timedelta(days=1)
+"""How long an operation waits for others. The engine core alone decides that they hang, and ends their workers."""
+CONNECT_TIMEOUT = timedelta(seconds=60)
+"""How long machines wait for each other before weights are loaded."""
+
+
+class GlooGather:
+    """See ``executor.nodes.ranks.Gather``."""
+
+    def __init__(self, interface: str, endpoint: str, listener: int | None, group: str, place: int, size: int) -> None:
+        """Connects to the others. Returns once all have called it.
+
+        Args:
+            interface: Name of the network interface here.
+            endpoint: Where the store is.
+            listener: Its listening socket, which this takes over: the store is here. None: it is elsewhere.
+            group: Name of the group, in the store.
+            place: This machine's, in the group.
+            size: Machines of the group.
+
+        Raises:
+            PeerLostError: They cannot be reached.
+        """
+        host, port = host_and_port(endpoint)
+        try:
+            if listener is None:
+                store = TCPStore(host, port, timeout=CONNECT_TIMEOUT, wait_for_workers=False)
+            else:
+                store = TCPStore(
+                    host,
+                    port,
+                    is_master=True,
+                    timeout=CONNECT_TIMEOUT,
+                    wait_for_workers=False,
+                    master_listen_fd=listener,
+                )
+            options = dist.ProcessGroupGloo._Options()
+            options._devices = [dist.ProcessGroupGloo.create_device(interface=interface)]
+            options._timeout = CONNECT_TIMEOUT
+            self._group = dist.ProcessGroupGloo(PrefixStore(group, store), place, size, options)
+            self._options = AllgatherOptions()
+            self._options.asyncOp, self._options.timeout = False, PATIENCE
+            self._place = place
+            self.gather(torch.zeros(1, dtype=torch.uint8), [1] * size)  # all have connected
+        except RuntimeError as error:
+            raise PeerLostError(
+                f"--private-interface {interface}: the machines of a layer cannot reach each other: {error}"
+            ) from error
+
+    def gather(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        most = max(sizes)
+        if own.numel() < most:  # as long as the longest
+            own = torch.nn.functional.pad(own, (0, most - own.numel()))
+        out = torch.empty(len(sizes) * most, dtype=torch.uint8)
+        try:
+            self._group._allgather_base(out, own, self._options).wait()
+        except RuntimeError as error:
+            raise PeerLostError(f"another machine cannot be reached: {error}") from error
+        return [part[:size] for part, size in zip(out.split(most), sizes, strict=True)]
