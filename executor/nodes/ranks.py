@@ -98,7 +98,8 @@ class MachineRank:
             own = torch.from_numpy(as_bytes(x))
             parts = self._far.gather(own, [rows * width * x.itemsize for width in widths])
             for columns, part, width in zip(out.split(list(widths), dim=1), parts, widths, strict=True):
-                columns.copy_(part.view(x.dtype).view(rows, width))
+                if width:
+                    columns.copy_(part.view(x.dtype).view(rows, width))
         return out if self._near.size == 1 else self._near.broadcast(out)
 
     def all_reduce(self, x: Tensor) -> Tensor:

@@ -66,13 +66,23 @@ def expected() -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "num_stages", "nnodes"), [(1, 2, 1), (1, 3, 1), (2, 2, 1), (2, 3, 2), (3, 1, 2), (2, 2, 4)]
+    ("num_ranks", "num_stages", "place"),
+    [
+        (1, 2, {}),
+        (1, 3, {}),
+        (2, 2, {}),
+        (2, 3, {"nnodes": 2}),
+        (2, 1, {"nnodes": 2}),
+        (2, 2, {"nnodes": 4, "interface": "lo"}),
+    ],
 )
 @pytest.mark.parametrize("drafts", [False, True])
-def test_requests_of_all_kinds(num_ranks: int, num_stages: int, nnodes: int, drafts: bool, expected: list[Any]) -> None:
+def test_requests_of_all_kinds(
+    num_ranks: int, num_stages: int, place: dict[str, Any], drafts: bool, expected: list[Any]
+) -> None:
     speculative = SpeculativeConfig(method="ngram", num_speculative_tokens=3) if drafts else None
     model = tiny.checkpoint("llama", num_hidden_layers=4)
-    with engine(model, num_ranks, num_stages, nnodes=nnodes, speculative=speculative) as several:
+    with engine(model, num_ranks, num_stages, speculative=speculative, **place) as several:
         assert answers(several) == expected
 
 
