@@ -8,8 +8,9 @@
 The engine core, workers and helpers take turns, and so do the signals. The next kill comes up to a second after the
 server is ready again, so that some of them hit a restart. What stands after ``--`` goes to the server. With
 ``--machines``, the second of two pipeline stages is on another machine, whose agent and worker are killed, too; an
-agent that was stopped is killed once it counts as lost. With ``--ray``, Ray provides that machine (with the package in
-this interpreter), and its node is killed as well. With ``--engines``, each machine has an engine of its own.
+agent that was stopped is killed once it counts as lost. With ``--layers``, each machine has half of every layer. With
+``--ray``, Ray provides that machine (with the package in this interpreter), and its node is killed as well. With
+``--engines``, each machine has an engine of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from machines import node_of_ray, other_machine
+from machines import CABLE, node_of_ray, other_machine
 from processes import ROOT, Server, descendants, signals_as_exceptions
 
 TITLES = {"core": r"octavo engine_core", "worker": r"octavo worker \d+", "helper": r"octavo \w+ helper"}
@@ -254,13 +255,16 @@ def main() -> int:
     parser.add_argument("--model", default="", help="default: the demo model")
     parser.add_argument("--tiny", action="store_true", help="use a tiny model with random weights")
     parser.add_argument("--machines", action="store_true", help="on two machines; needs root")
+    parser.add_argument(
+        "--layers", choices=["links", "gloo"], help="on two machines that divide each layer, and how they exchange it"
+    )
     parser.add_argument("--engines", action="store_true", help="on two machines with an engine each; needs root")
     parser.add_argument("--ray", action="store_true", help="on two machines of a Ray cluster; needs root, and ray")
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser.parse_args(arguments[:split])
     model = tiny_model() if options.tiny else options.model
-    far = {**FAR_TITLES, **RAY_TITLES} if options.ray else FAR_TITLES if options.machines else {}
+    far = {**FAR_TITLES, **RAY_TITLES} if options.ray else FAR_TITLES if options.machines or options.layers else {}
     if options.engines:
         far = ENGINE_TITLES
         titles.update(far)
@@ -270,7 +274,10 @@ def main() -> int:
     with signals_as_exceptions(), contextlib.ExitStack() as stack:
         others = []
         if far:
-            other_one = node_of_ray() if options.ray else other_machine(flags, has_engine=options.engines)
+            if options.layers == "gloo":
+                flags += ["--private-interface", CABLE]
+            share = "-tp" if options.layers else "-pp"
+            other_one = node_of_ray() if options.ray else other_machine(flags, has_engine=options.engines, share=share)
             place, other = stack.enter_context(other_one)
             flags += place
             others.append(other)

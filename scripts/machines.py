@@ -14,6 +14,8 @@ from pathlib import Path
 from processes import ROOT, Server, free_port
 
 HERE, THERE = "10.77.1.1", "10.77.1.2"
+CABLE = f"o{os.getpid()}"
+"""The interface, on both sides."""
 
 
 def ip(*arguments: str) -> None:
@@ -24,13 +26,13 @@ def ip(*arguments: str) -> None:
 @contextmanager
 def namespace() -> Iterator[list[str]]:
     """A network namespace that is connected to ours. Yields the prefix of commands that run in it."""
-    name, cable = f"octavo{os.getpid()}", f"o{os.getpid()}"
+    name, cable = f"octavo{os.getpid()}", CABLE
     ip("netns", "add", name)
     try:
-        ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", name)
+        ip("link", "add", cable, "type", "veth", "peer", "name", CABLE, "netns", name)
         ip("address", "add", f"{HERE}/24", "dev", cable)
-        ip("-n", name, "address", "add", f"{THERE}/24", "dev", "eth0")
-        ip("-n", name, "link", "set", "eth0", "up")
+        ip("-n", name, "address", "add", f"{THERE}/24", "dev", CABLE)
+        ip("-n", name, "link", "set", CABLE, "up")
         ip("-n", name, "link", "set", "lo", "up")
         ip("link", "set", cable, "up")
         yield ["ip", "netns", "exec", name]
@@ -40,12 +42,15 @@ def namespace() -> Iterator[list[str]]:
 
 
 @contextmanager
-def other_machine(arguments: list[str], *, has_engine: bool = False) -> Iterator[tuple[list[str], Server]]:
+def other_machine(
+    arguments: list[str], *, has_engine: bool = False, share: str = "-pp"
+) -> Iterator[tuple[list[str], Server]]:
     """Runs an agent in a namespace, again and again until it ends by itself.
 
     Args:
         arguments: Of ``octavo serve`` on both machines.
-        has_engine: The other machine has an engine of its own, instead of the second pipeline stage.
+        has_engine: The other machine has an engine of its own, instead of a worker.
+        share: Of its worker: ``-pp``, the second pipeline stage, or ``-tp``, half of each layer.
 
     Yields:
         Arguments that machine 0 needs besides, and the processes of the other machine.
@@ -59,7 +64,7 @@ def other_machine(arguments: list[str], *, has_engine: bool = False) -> Iterator
             place = ["-dp", "2", "--data-parallel-address", HERE, "--data-parallel-rpc-port", port]
             own, role = ["--data-parallel-size-local", "1"], ["--headless", "--data-parallel-start-rank", "1"]
         else:
-            place, own = ["--nnodes", "2", "-pp", "2", "--master-addr", HERE, "--master-port", port], []
+            place, own = ["--nnodes", "2", share, "2", "--master-addr", HERE, "--master-port", port], []
             role = ["--node-rank", "1"]
         place += ["--cluster-key", key]
         loop = 'until "$@"; do sleep 0.2; done'

@@ -189,6 +189,13 @@ def report(plan: ServingPlan, name: str, num_replicas: int, num_nodes: int, num_
     yield "fits"
     if ready.device != "cpu":
         return
+    if count_machines(plan) > num_stages:
+        yield (
+            f"advice: {count_machines(plan)} machines that divide layers read the weights sooner, and exchange columns "
+            "four times per layer: add a round trip of the network for each time, which is not counted, and take each "
+            "machine for one like this. The slower their memory, the more a slow network is worth it"
+        )
+        return
     if count_machines(plan) > 1:
         yield (
             f"advice: {count_machines(plan)} machines where the weights do not fit one; each is counted as one like "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,7 @@ class GlooGather:
             PeerLostError: They cannot be reached.
         """
         host, port = host_and_port(endpoint)
+        gloo: Any = dist.ProcessGroupGloo  # torch's types lack what is needed
         try:
             if listener is None:
                 store = TCPStore(host, port, timeout=CONNECT_TIMEOUT, wait_for_workers=False)
@@ -52,10 +54,10 @@ class GlooGather:
                     wait_for_workers=False,
                     master_listen_fd=listener,
                 )
-            options = dist.ProcessGroupGloo._Options()
-            options._devices = [dist.ProcessGroupGloo.create_device(interface=interface)]
+            options = gloo._Options()
+            options._devices = [gloo.create_device(interface=interface)]
             options._timeout = CONNECT_TIMEOUT
-            self._group = dist.ProcessGroupGloo(PrefixStore(group, store), place, size, options)
+            self._group = gloo(PrefixStore(group, store), place, size, options)
             self._options = AllgatherOptions()
             self._options.asyncOp, self._options.timeout = False, PATIENCE
             self._place = place

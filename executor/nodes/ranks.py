@@ -143,7 +143,8 @@ class MachineRank:
 
 def _united(x: Tensor, width: int) -> Tensor:
     """The bits of all ranks: [rows, width] of integers [rows, ranks * width]."""
-    return reduce(torch.bitwise_or, x.split(width, dim=1))
+    united: Tensor = reduce(torch.bitwise_or, x.split(width, dim=1))
+    return united
 
 
 def join_machines(

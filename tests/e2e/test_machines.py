@@ -73,9 +73,9 @@ def port() -> int:
     return free_port()
 
 
-def flags_of_agent(model: Path, place: dict[str, Any]) -> list[str]:
+def flags_of_agent(model: Path, place: dict[str, Any], share: str = "-pp") -> list[str]:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in place.items()]
-    return ["--model", str(model), "-pp", "2", "--node-rank", "1", *flags]
+    return ["--model", str(model), share, "2", "--node-rank", "1", *flags]
 
 
 @pytest.mark.timeout(300)
@@ -179,11 +179,13 @@ def test_a_pulled_cable(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Of machines that divide layers, with interfaces of different names."""
     monkeypatch.setattr("executor.nodes.members.NODE_TIMEOUT", 2.0)
     place = {"nnodes": 2, "master_addr": HERE, "master_port": port, "cluster_key": str(cluster_key)}
-    agent = Agent(*flags_of_agent(tiny_model, place), prefix=["ip", "netns", "exec", NAMESPACE])
+    flags = flags_of_agent(tiny_model, {**place, "private_interface": "eth0"}, "-tp")
+    agent = Agent(*flags, prefix=["ip", "netns", "exec", NAMESPACE])
     try:
-        with ranks(tiny_model, tmp_path, 1, 2, **place) as two:
+        with ranks(tiny_model, tmp_path, 2, 1, **place, private_interface=cable) as two:
 
             def pull() -> None:
                 subprocess.run(["ip", "link", "set", cable, "down"], check=True)
@@ -196,6 +198,8 @@ def test_a_pulled_cable(
             listening = subprocess.run(
                 ["ip", "netns", "exec", NAMESPACE, "ss", "-Hltn"], capture_output=True, text=True, check=False
             ).stdout
-            assert all(line.split()[3].startswith(f"{THERE}:") for line in listening.splitlines()), "no other address"
+            addresses = [line.split()[3] for line in listening.splitlines()]
+            assert len(addresses) >= 2, "a link, and Gloo"
+            assert all(address.startswith(f"{THERE}:") for address in addresses), "no other address"
     finally:
         agent.kill()

@@ -40,7 +40,7 @@ OPTION = "--distributed-executor-backend ray"
         ({"node_rank": 1}, "--node-rank 1: with --distributed-executor-backend ray, machine 0 alone is started"),
         ({"ray_address": "ray://10.0.0.1:10001"}, "the server runs on a machine of the cluster.* without ray://"),
         ({"distributed_executor_backend": "mp"}, "--ray-address auto: needs --distributed-executor-backend ray or"),
-        ({"nnodes": 4}, "--nnodes 4: machines divide a model by pipeline stages"),
+        ({"nnodes": 4}, "--nnodes 4: 3 pipeline stages cannot have the same number of machines"),
         ({"data_parallel_size": 2}, "--nnodes 3: with several engines, each has one machine"),
         ({"master_addr": "0.0.0.0"}, "--nnodes 3 needs --master-addr"),
     ],
