@@ -141,10 +141,10 @@ def check_machines(engine: EngineConfig, num_replicas: int, replica_backend: str
             f"--ray-address {parallel.ray_address}: needs --distributed-executor-backend ray or "
             "--data-parallel-backend ray"
         )
-    if parallel.private_interface and nnodes <= parallel.pipeline_parallel_size:
+    if parallel.private_interface and nnodes == 1:
         raise ConfigError(
-            f"--private-interface {parallel.private_interface}: is for layers that several machines divide; it needs "
-            "more machines (--nnodes) than pipeline stages"
+            f"--private-interface {parallel.private_interface}: connects the workers of several machines; it needs "
+            "--nnodes"
         )
     if nnodes == 1:
         if rank:

@@ -286,7 +286,7 @@ class ParallelConfig(Config, frozen=True):
         Meta(
             description="Network interface of this machine, such as eth1, in a network that you trust. Machines that "
             "divide layers exchange columns over it by Gloo, not encrypted. Default: over encrypted connections, which "
-            "are quicker for few tokens and slower for long prompts in fast networks.",
+            "are quicker for few tokens and slower for long prompts in fast networks. GPUs need it.",
             extra={"group": "Machines"},
         ),
     ] = ""

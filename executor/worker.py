@@ -58,7 +58,8 @@ from executor.messages import (
     i32,
 )
 from executor.model_runner import ModelRunner, PendingOutput, StartedStep
-from executor.multiproc import LISTENER, WorkerLaunch
+from executor.multiproc import LISTENER, STORE, WorkerLaunch
+from executor.nodes.addresses import host_and_port
 from executor.nodes.links import NetworkLinks
 from executor.nodes.ranks import join_machines
 from executor.parallel import RANKS, RENDEZVOUS, STAGES, ParallelState, near_place, num_sharers, places
@@ -188,12 +189,19 @@ class Worker:
     def _meet(self, device: Device) -> Communicator:
         """Connects this rank with others."""
         if self._links is not None:
-            if not device.shares_memory:
-                raise ModelError(f"--nnodes {self.config.parallel.nnodes}: machines share models on CPUs alone; use 1")
+            config = self.config.parallel
+            if not config.private_interface and not device.shares_memory:
+                raise ModelError(
+                    f"--nnodes {config.nnodes} --device {device.name}: NCCL encrypts nothing; name an interface in a "
+                    "network that you trust with --private-interface"
+                )
+            if config.private_interface and self.rank == 0:
+                logger.warning("what goes over %s is neither encrypted nor asks for a key", config.private_interface)
             self._links.check()
-            ranks = places(self.config.parallel)
-            near = device.communicator(near_place(ranks, self.parallel))
-            return join_machines(ranks, self.parallel, near, self._links, self.config.parallel.private_interface)
+            if device.shares_memory:
+                ranks = places(config)
+                near = device.communicator(near_place(ranks, self.parallel))
+                return join_machines(ranks, self.parallel, near, self._links, config.private_interface)
         return device.communicator(self.parallel)
 
     def _connect(self, loaded: LoadedModel, device: Device, communicator: Communicator) -> Stage:
@@ -515,6 +523,13 @@ def run() -> int:
     )
     links = None
     if launch.network is not None:
+        if STORE in launch.network.endpoints:
+            parallel = dataclasses.replace(
+                parallel,
+                rendezvous_fd=descriptors.get(LISTENER + STORE, -1),
+                store=host_and_port(launch.network.endpoints[STORE]),
+                interface=launch.config.parallel.private_interface,
+            )
         sockets = {name.removeprefix(LISTENER): fd for name, fd in descriptors.items() if name.startswith(LISTENER)}
         links = NetworkLinks(launch.network, places(launch.config.parallel), parallel, sockets)
     code = Worker(parallel, launch.config, send, descriptors, links).run(Inbox(inputs, sys.stdin.fileno()).receive)

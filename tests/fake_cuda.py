@@ -337,7 +337,7 @@ class FakeCuda(LateDevice):
     def communicator(self, parallel: ParallelState) -> ops.Communicator:
         if parallel.tp_size * parallel.pp_size == 1:
             return ops.SingleRank()
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", parallel.interface or "lo")
         self.group = join_group(parallel, "gloo", self.torch_device)
         return self.group
 

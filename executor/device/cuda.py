@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 
 logger = get_logger()
 
+NCCL_THAT_HANGS = (2, 28, 9), (2, 30, 4)
+"""The first version whose collectives deadlock in graphs across machines, and the first that does not again."""
+
 _MIB = 1 << 20
 RESERVE_BYTES = 512 * _MIB
 """For graphs, code of kernels, and what torch's allocator rounds up."""
@@ -132,13 +135,19 @@ class CudaDevice:
         if size == 1:
             return SingleRank()
         flag = f"--tensor-parallel-size {parallel.tp_size}, --pipeline-parallel-size {parallel.pp_size}"
-        if parallel.rendezvous_fd < 0:
+        if parallel.rendezvous_fd < 0 and parallel.store is None:
             raise ModelError(f"{flag}: ranks are processes, which --distributed-executor-backend mp starts")
         if not torch.distributed.is_nccl_available():
             build = torch.__version__
             raise ModelError(f"{flag}: torch {build} lacks NCCL (on AMD, RCCL); install another build, or use 1")
-        # All ranks are on this machine: nobody outside it need reach them.
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        if parallel.store is None:  # all ranks are on this machine: nobody outside it need reach them
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        else:
+            os.environ["NCCL_SOCKET_IFNAME"] = f"={parallel.interface}"
+            if torch.version.hip is None and NCCL_THAT_HANGS[0] <= torch.cuda.nccl.version() < NCCL_THAT_HANGS[1]:
+                logger.warning(
+                    "NCCL %s may hang in graphs across machines; add --enforce-eager", torch.cuda.nccl.version()
+                )
         from executor.device.group import join_group  # and with it torch.distributed
 
         self._group = join_group(parallel, "nccl", self.torch_device)

@@ -14,9 +14,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions, FileStore, PrefixStore
+from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions, FileStore, PrefixStore, Store
 
 from executor.parallel import ParallelState
+from executor.parallel.store import connect_store
 from ops import PeerLostError
 
 PATIENCE = timedelta(days=1)
@@ -157,19 +158,21 @@ def _finish(work: dist.Work | None) -> None:
 
 
 def join_group(parallel: ParallelState, backend: str, device: torch.device) -> GroupRank:
-    """Connects a rank with the others of its machine, once per process. Returns once all have called it.
+    """Connects a rank with all others, once per process. Returns once all have called it.
 
     Args:
         parallel: The rank.
         backend: As torch.distributed calls it: ``nccl``, or ``gloo`` for tensors of the host.
         device: Where its tensors are.
+
+    Raises:
+        PeerLostError: The store of machine 0 cannot be reached.
     """
     size = parallel.tp_size * parallel.pp_size
     copy, place = divmod(parallel.rank, size)
-    file = FileStore(f"/proc/self/fd/{parallel.rendezvous_fd}", size)
     dist.init_process_group(
         backend,
-        store=PrefixStore(str(copy), file),
+        store=PrefixStore(str(copy), _find_others(parallel, size)),
         rank=place,
         world_size=size,
         timeout=PATIENCE,
@@ -184,3 +187,11 @@ def join_group(parallel: ParallelState, backend: str, device: torch.device) -> G
     rank = GroupRank(parallel, group, stage, device)
     rank.connect()
     return rank
+
+
+def _find_others(parallel: ParallelState, size: int) -> Store:
+    """What ranks find each other through: a file of this machine, or a server of rank 0."""
+    if parallel.store is None:
+        return FileStore(f"/proc/self/fd/{parallel.rendezvous_fd}", size)
+    listener = None if parallel.rendezvous_fd < 0 else parallel.rendezvous_fd
+    return connect_store(parallel.store, listener, parallel.interface)

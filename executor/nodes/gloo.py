@@ -12,15 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions, PrefixStore, TCPStore
+from torch._C._distributed_c10d import AllgatherOptions, PrefixStore
 
 from executor.nodes.addresses import host_and_port
+from executor.parallel.store import CONNECT_TIMEOUT, connect_store
 from ops import PeerLostError
 
 PATIENCE = timedelta(days=1)
 """How long an operation waits for others. The engine core alone decides that they hang, and ends their workers."""
-CONNECT_TIMEOUT = timedelta(seconds=60)
-"""How long machines wait for each other before weights are loaded."""
 
 
 class GlooGather:
@@ -40,20 +39,9 @@ class GlooGather:
         Raises:
             PeerLostError: They cannot be reached.
         """
-        host, port = host_and_port(endpoint)
         gloo: Any = dist.ProcessGroupGloo  # torch's types lack what is needed
         try:
-            if listener is None:
-                store = TCPStore(host, port, timeout=CONNECT_TIMEOUT, wait_for_workers=False)
-            else:
-                store = TCPStore(
-                    host,
-                    port,
-                    is_master=True,
-                    timeout=CONNECT_TIMEOUT,
-                    wait_for_workers=False,
-                    master_listen_fd=listener,
-                )
+            store = connect_store(host_and_port(endpoint), listener, interface)
             options = gloo._Options()
             options._devices = [gloo.create_device(interface=interface)]
             options._timeout = CONNECT_TIMEOUT
@@ -62,6 +50,8 @@ class GlooGather:
             self._options.asyncOp, self._options.timeout = False, PATIENCE
             self._place = place
             self.gather(torch.zeros(1, dtype=torch.uint8), [1] * size)  # all have connected
+        except PeerLostError:
+            raise
         except RuntimeError as error:
             raise PeerLostError(
                 f"--private-interface {interface}: the machines of a layer cannot reach each other: {error}"

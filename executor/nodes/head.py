@@ -94,12 +94,8 @@ class NodesExecutor:
         """Readable if there is a failure."""
         try:
             self._secret = read_key_file(config.parallel.cluster_key)
-            if interface := config.parallel.private_interface:
-                logger.warning(
-                    "machines exchange columns of layers over %s (%s), not encrypted, and without asking for a key",
-                    interface,
-                    private_address(interface),
-                )
+            if config.parallel.private_interface:
+                private_address(config.parallel.private_interface)  # there must be one
             self._members = Members(config, self._secret)
         except ModelError as error:
             self._failure = WorkerFailed(0, str(error), EXIT_MODEL)

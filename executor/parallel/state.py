@@ -25,7 +25,13 @@ class ParallelState:
     memory_fd: int = -1
     """Descriptor of memory that the ranks of this machine share (``create_shared_memory``); -1: there is none."""
     rendezvous_fd: int = -1
-    """Descriptor of an empty file that all ranks of this machine share (``SharedByRanks``); -1: there is none."""
+    """Descriptor of an empty file that all ranks of this machine share (``SharedByRanks``); -1: there is none. With
+    ``store``: the listening socket of the store, on rank 0."""
+    store: tuple[str, int] | None = None
+    """Host and port of the store through which ranks with memory of their own find those of other machines; None: there
+    are none."""
+    interface: str = ""
+    """Network interface over which they then exchange data."""
     node_rank: int = 0
     """The machine of the rank, out of ``ParallelConfig.nnodes``."""
     local_rank: int = 0

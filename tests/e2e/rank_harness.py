@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +25,7 @@ from engine_core.config import (
 )
 from engine_core.core import EngineCore, create_executor
 from engine_core.messages import EngineReady, ResolvedParams, ToEngineCore
+from tests.e2e.server import PATIENCE, ROOT
 from tests.null.core_harness import Harness, make_request
 
 DEADLINE = 120.0
@@ -86,3 +91,36 @@ def ranks(model: Path, ipc_dir: Path, count: int = 1, num_stages: int = 1, **fie
         yield result
     finally:
         result.core.close()
+
+
+class Agent:
+    """``octavo serve`` on another machine."""
+
+    def __init__(self, *flags: str, prefix: Sequence[str] = (), env: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "api", "serve", *flags],
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as lines:
+            self.lines += lines
+
+    def wait(self) -> int:
+        """Waits for its end. Returns the exit code."""
+        code = self.process.wait(PATIENCE)
+        self._reader.join()
+        return code
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.wait()

@@ -8,9 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,44 +18,11 @@ import pytest
 from api.config import make_config
 from api.ray_machines import with_machines
 from engine_core.messages import WorkersLost
-from tests.e2e.rank_harness import ranks
-from tests.e2e.server import PATIENCE, ROOT, run_cli
+from tests.e2e.rank_harness import Agent, ranks
+from tests.e2e.server import ROOT, run_cli
 from tests.ports import free_port
 
 pytestmark = pytest.mark.alone  # stages wait for each other
-
-
-class Agent:
-    """``octavo serve`` on another machine."""
-
-    def __init__(self, *flags: str, prefix: Sequence[str] = (), env: dict[str, str] | None = None) -> None:
-        self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "api", "serve", *flags],
-            cwd=ROOT,
-            env={**os.environ, **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        with self.process.stderr as lines:
-            self.lines += lines
-
-    def wait(self) -> int:
-        """Waits for its end. Returns the exit code."""
-        code = self.process.wait(PATIENCE)
-        self._reader.join()
-        return code
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.wait()
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,9 @@ FOLDERS: dict[str, set[str]] = {
         *("layers.*", "loader", "messages", "models.registry", "quantization.packed", "weights_mapper"),
     },
     "executor/attention": {"log", "messages", "registry"},
-    "executor/device": {"base", "config", "deferred", "host_memory", "log", "messages", "parallel", "registry"},
+    "executor/device": {
+        *("base", "config", "deferred", "host_memory", "log", "messages", "parallel", "parallel.store", "registry"),
+    },
     # What is done with logits: no model, and of a device only how values come back from it.
     "executor/sampling": {"base", "deferred", "device.steps", "messages", "registry", "request_states", "scripts"},
     "executor/speculative": {
@@ -133,7 +135,8 @@ FOLDERS: dict[str, set[str]] = {
     },
     # Other machines: no model, and of workers their processes and frames.
     "executor/nodes": {
-        *("base", "config", "identity", "liveness", "log", "messages", "multiproc", "parallel", "process", "stages"),
+        *("base", "config", "identity", "liveness", "log", "messages", "multiproc", "parallel", "parallel.store"),
+        *("process", "stages"),
     },
     # Who holds what, which nobody else decides.
     "executor/parallel": {"config"},
