@@ -144,10 +144,10 @@ class CudaDevice:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         else:
             os.environ["NCCL_SOCKET_IFNAME"] = f"={parallel.interface}"
-            if torch.version.hip is None and NCCL_THAT_HANGS[0] <= torch.cuda.nccl.version() < NCCL_THAT_HANGS[1]:
-                logger.warning(
-                    "NCCL %s may hang in graphs across machines; add --enforce-eager", torch.cuda.nccl.version()
-                )
+            version = torch.cuda.nccl.version()
+            if torch.version.hip is None and NCCL_THAT_HANGS[0] <= version < NCCL_THAT_HANGS[1]:
+                name = ".".join(map(str, version))
+                logger.warning("NCCL %s may hang in graphs across machines; add --enforce-eager", name)
         from executor.device.group import join_group  # and with it torch.distributed
 
         self._group = join_group(parallel, "nccl", self.torch_device)

@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from executor.nodes.key_files import create_key_file
+from tests.e2e.rank_harness import Agent
 from tests.e2e.server import PATIENCE, Server
 from tests.e2e.test_faults import MAX_TOKENS, NUM_STREAMS, Stream, body
-from tests.e2e.test_machines import Agent
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 from collections.abc import Iterator
 from typing import Any
@@ -178,8 +179,26 @@ def test_gpus_that_share_a_model_need_nccl(monkeypatch: pytest.MonkeyPatch) -> N
             device.communicator(place)
 
 
-def test_machines_share_no_gpus() -> None:
+def test_gpus_of_several_machines_need_a_trusted_network() -> None:
     links: Any = object()
     worker = Worker(ParallelState(), ExecutorConfig(), lambda message: None, links=links)
-    with pytest.raises(ModelError, match="--nnodes 1: machines share models on CPUs alone; use 1"):
+    with pytest.raises(ModelError, match=r"--device cuda: NCCL encrypts nothing; .* with --private-interface$"):
         worker._meet(CudaDevice())
+
+
+@pytest.mark.parametrize("version", [(2, 27, 3), (2, 29, 0)])
+def test_nccl_uses_the_named_interface(version: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(cuda.logger, "warning", lambda text, *values: warnings.append(text % values))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: version)
+    monkeypatch.setattr("executor.device.group.join_group", lambda *arguments: arguments)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    device = CudaDevice()
+    device.torch_device = torch.device("cuda", 0)
+    place = ParallelState(1, 2, rank=1, store=("10.0.0.1", 5000), interface="eth1")
+    joined: Any = device.communicator(place)
+    assert joined[:2] == (place, "nccl")
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "=eth1", "the option counts, and no eth10"
+    expected = "NCCL 2.29.0 may hang in graphs across machines; add --enforce-eager"
+    assert warnings == ([] if version < (2, 28) else [expected])
