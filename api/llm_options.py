@@ -127,6 +127,7 @@ class LLMOptions(TypedDict, total=False):
     language_model_only: bool
     tensor_parallel_size: int
     pipeline_parallel_size: int
+    enable_expert_parallel: bool
     nnodes: int
     node_rank: int
     master_addr: str
@@ -227,7 +228,6 @@ class LLMOptions(TypedDict, total=False):
     all2all_backend: object
     enable_hc_sp: object
     engram_config: object
-    enable_expert_parallel: object
     enable_eplb: object
     eplb_config: object
     expert_placement_strategy: object

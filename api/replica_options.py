@@ -53,6 +53,11 @@ def check_replicas(config: ReplicaOptions) -> None:
             "--data-parallel-size-local 0: needs --data-parallel-size, whose engines run on other machines, without "
             "--data-parallel-rank"
         )
+    if size > 1 and config.engine.executor.parallel.enable_expert_parallel:
+        raise ConfigError(
+            f"--enable-expert-parallel: the engines of --data-parallel-size {size} do not share experts; use "
+            "--tensor-parallel-size instead, or omit it"
+        )
     if config.data_parallel_backend == "ray":
         _check_ray(config)
     if rank is not None:

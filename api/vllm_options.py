@@ -133,7 +133,7 @@ TABLE = (
     (
         Verdict.NOTED,
         "workers share a model without this option",
-        "-ep enable_expert_parallel:bool enable_eplb:bool eplb_config expert_placement_strategy "
+        "enable_eplb:bool eplb_config expert_placement_strategy "
         "disable_custom_all_reduce:bool "
         "enable_ep_weight_filter:bool enable_dbo:bool dbo_decode_token_threshold dbo_prefill_token_threshold "
         "ubatch_size=0 distributed_timeout_seconds cpu_distributed_timeout_seconds "
@@ -310,6 +310,7 @@ _WORKING = """
     data_parallel_rank data_parallel_rpc_port data_parallel_size data_parallel_size_local data_parallel_start_rank
     default_chat_template_kwargs device disable_fastapi_docs
     disable_log_stats disable_uvicorn_access_log distributed_executor_backend download_dir dtype
+    enable_expert_parallel
     enable_auto_tool_choice enable_chunked_prefill enable_force_include_usage enable_prefix_caching
     enable_request_id_headers enable_tokenizer_info_endpoint enforce_eager exclude_tools_when_tool_choice_none
     generation_config gpu_memory_utilization headless hf_overrides hf_token host kv_cache_dtype kv_cache_memory_bytes

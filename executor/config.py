@@ -239,6 +239,14 @@ class ParallelConfig(Config, frozen=True):
     pipeline_parallel_size: Annotated[
         Positive, Meta(description="Number of pipeline stages, each with consecutive layers.", extra={"flags": ["-pp"]})
     ] = 1
+    enable_expert_parallel: Annotated[
+        bool,
+        Meta(
+            description="Each of the --tensor-parallel-size workers has whole experts, not a part of each. On GPUs; "
+            "CPUs balance better without.",
+            extra={"flags": ["-ep"]},
+        ),
+    ] = False
 
     nnodes: Annotated[
         Positive,

@@ -347,6 +347,7 @@ def build_model(model_class: Callable[[ModelContext], M], context: ModelContext,
     try:
         model = model_class(context)
         keep_stage(model, context.parallel)
+        keep_experts(model)
         layers = model.attention_of_stages or model.attention_layers()
         shapes = [layer.shape for layer in layers]
         backends = choose_backends(context.device.type, shapes, context.dtype, attention_backend)
@@ -677,6 +678,17 @@ def keep_stage(model: Model, parallel: ParallelState) -> None:
     names = find_targets(model).keys()
     model.keep_layers(own.start, own.end)
     model.names_of_stages = names - find_targets(model).keys()
+
+
+def keep_experts(model: Model) -> None:
+    """Reduces a model to the experts of one rank."""
+    mixtures = [module for module in model.modules() if isinstance(module, MoE) and module.own_experts is not None]
+    if not mixtures:
+        return
+    names = find_targets(model).keys()
+    for each in mixtures:
+        each.keep_own()
+    model.names_of_stages = {*model.names_of_stages, *(names - find_targets(model).keys())}
 
 
 def find_targets(model: Model) -> dict[str, Target]:

@@ -272,7 +272,7 @@ def _count_bytes(
     modules = list(model.modules())
     tables = [module for module in modules if isinstance(module, VocabParallelEmbedding)]
     mixtures = [module for module in modules if isinstance(module, MoE)]
-    share = mixtures[0].routing.top_k / len(mixtures[0].experts) if mixtures else 1.0
+    share = mixtures[0].routing.top_k / mixtures[0].num_experts if mixtures else 1.0
     lookups = [table for table in tables if not (table.shape.makes_logits and has_logits)]
     only_looked_up = sum(parameter.nbytes for table in lookups for parameter in table.parameters())
     return ModelSurvey(

@@ -147,7 +147,7 @@ class Steps:
         every, experts = (
             sum(layer.shape.input.size * sum(layer.output_sizes) for layer in some) for some in (layers, of_experts)
         )
-        self.share = mixtures[0].routing.top_k / len(mixtures[0].experts) if mixtures else 1.0
+        self.share = mixtures[0].routing.top_k / mixtures[0].num_experts if mixtures else 1.0
         """Of the experts that a token has."""
         self.layer_parameters = every - experts + self.share * experts
         """Multiplied by a token."""

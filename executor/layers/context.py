@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -33,6 +33,10 @@ class ModelContext:
     """Most low-rank adapters in memory; 0: layers compute without them."""
     communicator: Communicator = field(default_factory=SingleRank)
     """Connects the ranks that share the layers."""
+
+    def alone(self) -> ModelContext:
+        """The context of layers that this rank has whole."""
+        return replace(self, parallel=replace(self.parallel, tp_rank=0, tp_size=1), communicator=SingleRank())
 
     def needs_one_rank(self, what: str) -> None:
         """Refuses ranks that do not cut sums, for what they cannot divide among themselves.

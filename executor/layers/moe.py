@@ -18,6 +18,7 @@ from executor.layers.context import ModelContext
 from executor.layers.linear import LinearLayer, MergedColumnParallelLinear, RowParallelLinear
 from executor.layers.mlp import GATED_ACTIVATIONS, GatedMLP
 from executor.layers.parameter import Part, WeightParameter, single
+from executor.parallel import Share, split_evenly
 from executor.quantization import choose_quantization
 from executor.quantization.base import LinearShape
 from ops import Routing
@@ -177,22 +178,22 @@ class MoE(nn.Module):
         if num_experts > MAX_EXPERTS:
             raise ValueError(f"{prefix}: {num_experts} experts are more than {MAX_EXPERTS}")
         self.routing = routing_of(config, num_experts, routing)
-        self.activation: ExpertActivation = (
-            config.choice("hidden_act", GATED_ACTIVATIONS) if activation is None else activation
-        )
-        self.scales_input = scales_input
-        self.communicator = context.communicator
+        chosen = config.choice("hidden_act", GATED_ACTIVATIONS) if activation is None else activation
+        self.activation: ExpertActivation = chosen
+        self.scales_input, self.communicator = scales_input, context.communicator
         self.gate = Router(context, self.routing, num_experts, bias=router_bias, is_corrected=is_corrected)
         sizes, is_gated = (hidden_size or config.hidden_size, intermediate_size), self.activation != "relu2"
-        self.experts = nn.ModuleList(
-            Expert(context, *sizes, bias=bias, is_gated=is_gated, prefix=f"{prefix}.experts.{index}")
-            for index in range(num_experts)
-        )
+        self.num_experts = num_experts
+        self.own_experts = _own_experts(context, num_experts)  # if ranks have whole ones
+        of_expert = context if self.own_experts is None else context.alone()
+        self.experts = nn.ModuleDict()
+        for index in map(str, range(num_experts)):
+            name = f"{prefix}.experts.{index}"
+            self.experts[index] = Expert(of_expert, *sizes, bias=bias, is_gated=is_gated, prefix=name)
         self._shared, self._shared_gate = shared and shared[0], shared_gate
         if shared is not None:
-            name, size = shared
             make = make_shared or (lambda size, prefix: GatedMLP(context, size, is_summed=False, prefix=prefix))
-            self.add_module(name, make(size, f"{prefix}.{name}"))
+            self.add_module(shared[0], make(shared[1], f"{prefix}.{shared[0]}"))
         if shared_gate is not None:
             self.add_module(shared_gate, RowGate(context))
         self._weights: ops.ExpertWeights | None = None
@@ -220,6 +221,10 @@ class MoE(nn.Module):
         self, x: Tensor, batch: InputBatch, routed: Tensor, shared: Tensor | None = None, gate: Tensor | None = None
     ) -> Tensor:
         """What the experts of this rank yield for ``x``, with the adapters of its rows. See ``ops.experts``."""
+        if self.own_experts is not None:
+            before, own = self.own_experts.start, self.own_experts.size
+            sizes = [before, own, self.num_experts - before - own]
+            routed = routed.split([size for size in sizes if size], -1)[before > 0]
         adapters = self.adapters()
         if adapters is None:
             return ops.experts(x, routed, self.weights(), shared, gate)
@@ -227,15 +232,25 @@ class MoE(nn.Module):
 
     def _first_down(self) -> RowParallelLinear:
         """The last product of an expert, which ranks share in the same way in all."""
-        down = self.experts[0].get_submodule("down_proj")
+        down = self._experts()[0].get_submodule("down_proj")
         assert isinstance(down, RowParallelLinear)
         return down
+
+    def _experts(self) -> list[nn.Module]:
+        """Those of this rank, in order."""
+        return list(self.experts.values())
+
+    def keep_own(self) -> None:
+        """Forgets the experts that other ranks have."""
+        if self.own_experts is not None:
+            own = range(self.own_experts.start, self.own_experts.end)
+            self.experts = nn.ModuleDict({str(index): self.experts[str(index)] for index in own})
 
     def adapters(self) -> ops.ExpertAdapters | None:
         """The adapters of the experts, if there can be any."""
         if self._adapters is None:
             gate_up, down = (
-                adapter_tables([expert.get_submodule(name) for expert in self.experts])
+                adapter_tables([expert.get_submodule(name) for expert in self._experts()])
                 for name in ("gate_up_proj", "down_proj")
             )
             self._adapters = ops.ExpertAdapters(gate_up, down) if gate_up and down else None
@@ -244,10 +259,11 @@ class MoE(nn.Module):
     def weights(self) -> ops.ExpertWeights:
         """The packed weights of the experts."""
         if self._weights is None:
-            gate_up, gate_up_bias = packed([expert.get_submodule("gate_up_proj") for expert in self.experts])
-            down, down_bias = packed([expert.get_submodule("down_proj") for expert in self.experts])
+            gate_up, gate_up_bias = packed([expert.get_submodule("gate_up_proj") for expert in self._experts()])
+            down, down_bias = packed([expert.get_submodule("down_proj") for expert in self._experts()])
+            top_k = min(self.routing.top_k, len(self.experts))
             weights = ops.ExpertWeights(
-                gate_up, down, gate_up_bias, down_bias, self.activation, self.routing.top_k, self.scales_input
+                gate_up, down, gate_up_bias, down_bias, self.activation, top_k, self.scales_input
             )
             self._weights = self._shared_by_ranks(weights)
         return self._weights
@@ -261,6 +277,27 @@ class MoE(nn.Module):
                 "formats; use 1"
             )
         return replace(weights, communicator=self.communicator, inner_widths=self._first_down().input_widths)
+
+
+def _own_experts(context: ModelContext, num_experts: int) -> Share | None:
+    """The experts of a rank, if ranks have whole ones; None: each has a part of every expert.
+
+    Raises:
+        ModelError: There are too few, or ranks do not add their results.
+    """
+    size = context.communicator.size
+    if size == 1 or not context.parallel.expert_parallel:
+        return None
+    if not context.communicator.cuts_sums:
+        raise ModelError(
+            "--enable-expert-parallel: workers on CPUs divide every expert, which keeps them equally busy; omit it"
+        )
+    if num_experts < size:
+        raise ModelError(
+            f"--enable-expert-parallel: {num_experts} experts are too few for {size} workers; use "
+            f"--tensor-parallel-size {num_experts} or less, or omit it"
+        )
+    return split_evenly(num_experts, size)[context.communicator.rank]
 
 
 def adapter_tables(layers: list[nn.Module]) -> tuple[ops.AdapterTable, ...]:

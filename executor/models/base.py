@@ -46,7 +46,7 @@ class Model(nn.Module, ABC):
     """The attention layers of all pipeline stages, in order; empty: there is one. KV cache groups are those of all
     stages, since plans name blocks by group."""
     names_of_stages: Collection[str] = ()
-    """Names of tensors that other pipeline stages have."""
+    """Names of tensors that other pipeline stages have, or ranks that have other experts."""
     can_be_captured: ClassVar[bool] = True
     """False: the forward pass is more than ops, and runs eagerly in each step."""
 

@@ -8,7 +8,7 @@ from executor.parallel.memory import (
     SharedByRanks,
     create_shared_memory,
 )
-from executor.parallel.split import HeadShare, Share, split_columns, split_heads, split_layers
+from executor.parallel.split import HeadShare, Share, split_columns, split_evenly, split_heads, split_layers
 from executor.parallel.state import (
     ParallelState,
     awaited_from_afar,
@@ -41,6 +41,7 @@ __all__ = [
     "places",
     "split_columns",
     "split_cores",
+    "split_evenly",
     "split_heads",
     "split_layers",
     "thread_places",

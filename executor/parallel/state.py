@@ -32,6 +32,8 @@ class ParallelState:
     are none."""
     interface: str = ""
     """Network interface over which they then exchange data."""
+    expert_parallel: bool = False
+    """Ranks have whole experts."""
     node_rank: int = 0
     """The machine of the rank, out of ``ParallelConfig.nnodes``."""
     local_rank: int = 0
@@ -77,6 +79,7 @@ def places(config: ParallelConfig) -> list[ParallelState]:
                 is_output_rank=rank == output_rank,
                 node_rank=node,
                 local_rank=of_node[node],
+                expert_parallel=config.enable_expert_parallel,
             )
         )
         of_node[node] += 1

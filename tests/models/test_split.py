@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from executor.base import ModelError
+from executor.layers.moe import MoE
 from executor.parallel import ParallelState
+from ops import NotConnected
 from tests import tiny
 from tests.models.harness import Chunk, Runner, assert_close, load, random_tokens
 from tests.thread_ranks import ThreadRank, on_ranks
@@ -46,3 +49,42 @@ def test_two_ranks_have_the_logits_of_one(kind: str, fields: dict[str, Any], cap
     for step, ours, theirs in zip(STEPS, first, second, strict=True):
         assert torch.equal(ours, theirs)
         assert_close(ours, whole.step(step))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [("mixtral", 3), ("qwen2_moe", 2), ("deepseek_v3", 2), ("gpt_oss", 2), ("llama4", 2)]
+)
+def test_ranks_with_whole_experts_have_the_logits_of_one(kind: str, size: int) -> None:
+    folder = tiny.checkpoint(kind)
+
+    def run(rank: ThreadRank) -> tuple[list[torch.Tensor], list[int]]:
+        place = ParallelState(rank.rank, rank.size, expert_parallel=True)
+        loaded = load(folder, parallel=place, communicator=rank)
+        runner = Runner(loaded, captured=True)
+        counts = [len(module.experts) for module in loaded.model.modules() if isinstance(module, MoE)]
+        return [runner.step(step) for step in STEPS], counts
+
+    alone = load(folder)
+    whole = Runner(alone, captured=True)
+    results = on_ranks(size, run)
+    counts = [module.num_experts for module in alone.model.modules() if isinstance(module, MoE)]
+    assert [sum(each) for each in zip(*(own for _, own in results), strict=True)] == counts
+    for index, step in enumerate(STEPS):
+        expected = whole.step(step)
+        for logits, _ in results:
+            assert torch.equal(logits[index], results[0][0][index])
+            assert_close(logits[index], expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "cuts_sums", "reason"),
+    [(2, False, "workers on CPUs divide every expert"), (3, True, "2 experts are too few for 3 workers; use ")],
+)
+def test_whole_experts_are_refused_where_ranks_cannot_have_them(size: int, cuts_sums: bool, reason: str) -> None:
+    place = ParallelState(0, size, expert_parallel=True)
+    with pytest.raises(ModelError, match=f"^--enable-expert-parallel: {reason}"):
+        load(
+            tiny.checkpoint("mixtral", num_local_experts=2),
+            parallel=place,
+            communicator=NotConnected(0, size, cuts_sums=cuts_sums),
+        )

@@ -58,6 +58,7 @@ OTHER = HEAD | {"headless": True, "data_parallel_size_local": 2, "data_parallel_
         (HEAD | {"data_parallel_address": "0.0.0.0"}, "engines on other machines need --data-parallel-address"),
         (HEAD | {"cluster_key": ""}, "engines on other machines need --cluster-key FILE"),
         (HEAD | {"distributed_executor_backend": "inline"}, "engines on other machines have workers in processes"),
+        (HEAD | {"enable_expert_parallel": True}, "the engines of --data-parallel-size 4 do not share experts"),
         (HEAD | {"enable_lora": True}, "--enable-lora: adapters are files of one machine"),
         (HEAD | {"data_parallel_size_local": 0, "data_parallel_rank": 1}, "--data-parallel-size-local 0: needs"),
         (HEAD | {"data_parallel_size_local": 0, "data_parallel_size": 1}, "--data-parallel-size-local 0: needs"),
