@@ -10,7 +10,7 @@ server is ready again, so that some of them hit a restart. What stands after ``-
 ``--machines``, the second of two pipeline stages is on another machine, whose agent and worker are killed, too; an
 agent that was stopped is killed once it counts as lost. With ``--layers``, each machine has half of every layer. With
 ``--ray``, Ray provides that machine (with the package in this interpreter), and its node is killed as well. With
-``--engines``, each machine has an engine of its own.
+``--engines``, each machine has an engine of its own, also with ``--ray``.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def main() -> int:
     model = tiny_model() if options.tiny else options.model
     far = {**FAR_TITLES, **RAY_TITLES} if options.ray else FAR_TITLES if options.machines or options.layers else {}
     if options.engines:
-        far = ENGINE_TITLES
+        far = {**ENGINE_TITLES, **RAY_TITLES} if options.ray else ENGINE_TITLES
         titles.update(far)
     options.targets = options.targets or [*TITLES, *far]
     flags = ["--max-num-seqs", str(options.streams)]
@@ -277,7 +277,8 @@ def main() -> int:
             if options.layers == "gloo":
                 flags += ["--private-interface", CABLE]
             share = "-tp" if options.layers else "-pp"
-            other_one = node_of_ray() if options.ray else other_machine(flags, has_engine=options.engines, share=share)
+            shape: dict[str, Any] = {"has_engine": options.engines, "share": share}
+            other_one = node_of_ray(**shape) if options.ray else other_machine(flags, **shape)
             place, other = stack.enter_context(other_one)
             flags += place
             others.append(other)

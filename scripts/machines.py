@@ -77,12 +77,20 @@ def other_machine(
 
 
 @contextmanager
-def node_of_ray() -> Iterator[tuple[list[str], Server]]:
+def node_of_ray(*, has_engine: bool = False, share: str = "-pp") -> Iterator[tuple[list[str], Server]]:
     """Runs a Ray cluster of two nodes, one in a namespace, which is started again whenever it ends.
 
+    Args:
+        has_engine: See ``other_machine``.
+        share: Likewise.
+
     Yields:
-        Arguments of a server with a pipeline stage on each, and the processes of the other node.
+        Arguments of a server on the first node, and the processes of the other node.
     """
+    if has_engine:
+        place = ["-dp", "2", "--data-parallel-size-local", "1", "--data-parallel-backend", "ray"]
+    else:
+        place = [share, "2", "--nnodes", "2", "--distributed-executor-backend", "ray"]
     program = str(Path(sys.executable).parent / "ray")
     small = ["--include-dashboard=false", "--object-store-memory=80000000", "--disable-usage-stats"]
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder, namespace() as prefix:
@@ -101,7 +109,7 @@ def node_of_ray() -> Iterator[tuple[list[str], Server]]:
             loop = 'while true; do "$@"; sleep 0.2; done'
             second = Server([*prefix, "bash", "-c", loop, "bash", program, *join, "--object-store-memory=80000000"])
             try:
-                yield ["-pp", "2", "--distributed-executor-backend", "ray", "--ray-address", f"{HERE}:{port}"], second
+                yield [*place, "--ray-address", f"{HERE}:{port}"], second
             finally:
                 second.stop()
         finally:
