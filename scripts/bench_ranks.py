@@ -5,13 +5,15 @@
     python scripts/bench_ranks.py --model folder --ranks 2 --threads 2 --decode 1 16 --prefill 512
     python scripts/bench_ranks.py --model folder --stages 2 --decode 16
     python scripts/bench_ranks.py --model folder --stages 2 --decode 16 --prefill 512 --machines
+    python scripts/bench_ranks.py --model folder --ranks 2 --decode 1 16 --prefill 512 --machines
 
 One worker has all threads; each rank has its share of them and of the cores. All are loaded at once and take turns, so
 what else runs on the machine concerns them alike. Printed: the median time of a step, and the ratio of the medians.
 
 With pipeline stages, requests decode in as many groups as there are stages, one step after another; printed is the time
-in which each group has had one. The worker that is compared computes the same steps. With ``--machines``, stages are
-compared with stages that are connected as if each were on a machine of its own, by the loopback interface.
+in which each group has had one. The worker that is compared computes the same steps. With ``--machines``, stages
+(or ranks, if there is one stage) are compared with those that are connected as if each were on a machine of its own, by
+the loopback interface.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from bench_models import SHAPES
 from bench_step import EXPERT_SHAPES, Steps, folder_of
 
 from executor.config import ParallelConfig
-from executor.multiproc import LISTENER, Network
+from executor.multiproc import LISTENER, STORE, Network
 from executor.nodes.head import open_listeners
 from executor.nodes.links import NetworkLinks
 from executor.parallel import RANKS, SharedByRanks, awaited_from_afar, places, split_cores
@@ -47,10 +49,11 @@ class Team:
     @classmethod
     def start(cls, options: argparse.Namespace, tp_size: int, pp_size: int, nnodes: int = 1) -> Team:
         """Starts the ranks; they load the model."""
+        interface = options.interface if nnodes > 1 else ""
         ranks = places(ParallelConfig(tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size, nnodes=nnodes))
         num_ranks = len(ranks)
         shared = [SharedByRanks([each for each in ranks if each.node_rank == node]) for node in range(nnodes)]
-        found = [open_listeners(ranks, node, "127.0.0.1") for node in range(nnodes)]
+        found = [open_listeners(ranks, node, "127.0.0.1", interface) for node in range(nnodes)]
         listeners = {name: opened for each in found for name, opened in each.items()}
         endpoints = json.dumps({name: endpoint for name, (_, endpoint) in listeners.items()})
         cores = split_cores(num_ranks)
@@ -58,11 +61,13 @@ class Team:
         command += ["--decode", *map(str, options.decode), "--prefill", *map(str, options.prefill)]
         command += ["--context", str(options.context), "--steps", str(options.steps), "--lanes", str(options.stages)]
         command += ["--ranks", str(tp_size), "--stages", str(pp_size), "--nodes", str(nnodes), "--endpoints", endpoints]
-        command += ["--threads", str(max(1, options.threads // num_ranks))]
+        command += ["--threads", str(max(1, options.threads // num_ranks)), "--interface", interface]
         processes = []
         for place in ranks:
             given, rank = shared[place.node_rank].of(place), place.rank
             given |= {LISTENER + name: listeners[name][0] for name in awaited_from_afar(ranks, place)}
+            if rank == 0 and STORE in listeners:
+                given[LISTENER + STORE] = listeners[STORE][0]
             own = ["--rank", str(rank), "--cores", *map(str, cores[rank]), "--descriptors", json.dumps(given)]
             processes.append(
                 subprocess.Popen(
@@ -97,9 +102,13 @@ class Team:
 def serve(options: argparse.Namespace) -> None:
     """A rank: computes what the lines of standard input ask for."""
     os.sched_setaffinity(0, options.cores)
-    ranks = places(
-        ParallelConfig(tensor_parallel_size=options.ranks, pipeline_parallel_size=options.stages, nnodes=options.nodes)
+    config = ParallelConfig(
+        tensor_parallel_size=options.ranks,
+        pipeline_parallel_size=options.stages,
+        nnodes=options.nodes,
+        private_interface=options.interface,
     )
+    ranks = places(config)
     given = json.loads(options.descriptors)
     state = replace(ranks[options.rank], memory_fd=given.get(RANKS, -1))
     links = None
@@ -121,6 +130,7 @@ def serve(options: argparse.Namespace) -> None:
         num_threads=options.threads,
         descriptors=given,
         links=links,
+        ranks=config,
     )
     print("ready", flush=True)
     for line in sys.stdin:
@@ -149,8 +159,9 @@ def compare(options: argparse.Namespace) -> None:
     num_ranks = options.ranks * options.stages
     titles = ("1 worker", f"{num_ranks} ranks")
     if options.machines:
-        titles = ("1 machine", f"{options.stages} machines")
-        teams = [Team.start(options, *sizes), Team.start(options, *sizes, options.stages)]
+        nnodes = options.stages if options.stages > 1 else options.ranks
+        titles = ("1 machine", f"{nnodes} machines")
+        teams = [Team.start(options, *sizes), Team.start(options, *sizes, nnodes)]
     else:
         teams = [Team.start(options, 1, 1), Team.start(options, *sizes)]
     try:
@@ -185,7 +196,8 @@ def main() -> None:
     add("--context", type=int, default=256, help="tokens before the first decode step")
     add("--steps", type=int, default=20, help="decode steps per round")
     add("--rounds", type=int, default=5, help="turns of each")
-    add("--machines", action="store_true", help="compare stages of one machine with stages of several")
+    add("--machines", action="store_true", help="compare ranks or stages of one machine with those of several")
+    add("--interface", default="", help="with --machines, the --private-interface of ranks, such as lo")
     add("--rank", type=int, help=argparse.SUPPRESS)
     add("--nodes", type=int, default=1, help=argparse.SUPPRESS)
     add("--endpoints", default="{}", help=argparse.SUPPRESS)

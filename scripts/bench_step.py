@@ -41,7 +41,7 @@ from torch import nn
 
 import ops
 from api.model.gguf_file import read_gguf
-from executor.config import DeviceConfig, ExecutorConfig, LoRAConfig, ModelConfig, StepSize
+from executor.config import DeviceConfig, ExecutorConfig, LoRAConfig, ModelConfig, ParallelConfig, StepSize
 from executor.layers.embedding import VocabParallelEmbedding
 from executor.layers.linear import LinearLayer
 from executor.layers.moe import MoE
@@ -102,12 +102,14 @@ class Steps:
         descriptors: Mapping[str, int] | None = None,
         links: NetworkLinks | None = None,
         max_kv_bytes: int | None = None,
+        ranks: ParallelConfig | None = None,
         **fields: Any,
     ) -> None:
         """Starts a worker, which may be one of several ranks.
 
         ``fields``: others of the model's configuration. ``descriptors``, ``links``: see ``Worker``. ``max_kv_bytes``:
-        the KV cache is no larger; by default all requests may be as long as the longest.
+        the KV cache is no larger; by default all requests may be as long as the longest. ``ranks``: how many there
+        are, with ``links``.
         """
         path = Path(model)
         gguf = read_gguf(path).header() if path.suffix == ".gguf" else None
@@ -115,6 +117,7 @@ class Steps:
             model=ModelConfig(model=model, dtype=dtype, gguf=gguf, load_format=load_format, **fields),
             device=DeviceConfig(num_threads=num_threads),
             lora=lora or LoRAConfig(),
+            parallel=ranks or ParallelConfig(),
             step_size=StepSize(
                 max_num_seqs=max_seqs, max_num_batched_tokens=max_tokens, max_in_flight_steps=MAX_IN_FLIGHT
             ),

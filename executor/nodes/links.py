@@ -1,6 +1,6 @@
-"""Links between pipeline stages on different machines: a socket for each pair of ranks and direction.
+"""Links between ranks on different machines: a socket for each pair of ranks and direction.
 
-A message is the number of its step, and the tensor's bytes in frames. The end that gets messages waits for the
+A message is the number of its step and the tensor's bytes, in frames. The end that gets messages waits for the
 connection, on a socket that the machine's agent opened before any rank was started.
 """
 
@@ -43,10 +43,11 @@ class NetworkTarget:
         use_ipv6(self._socket, endpoint)
         curve.join(self._socket)
         self._socket.connect(endpoint)
-        self._socket.send_multipart([_NUMBER.pack(_GREETING), b""])
+        self._socket.send(_NUMBER.pack(_GREETING))
 
     def send(self, step_id: int, tensor: Tensor) -> None:
-        self._socket.send_multipart([_NUMBER.pack(step_id), *in_frames(as_bytes(tensor).data)])
+        first, *others = in_frames(as_bytes(tensor).data)
+        self._socket.send_multipart([_NUMBER.pack(step_id) + bytes(first), *others])
 
     def close(self) -> None:
         self._socket.close(linger=0)
@@ -64,32 +65,33 @@ class NetworkSource:
         curve.accept(self._socket)
         self._socket.setsockopt(zmq.USE_FD, listener)
         self._socket.bind(endpoint)
-        self._messages: deque[tuple[int, list[bytes]]] = deque()
+        self._messages: deque[list[bytes]] = deque()
         self._count = 0
 
     def wait_for_greeting(self, timeout: float) -> bool:
         """Waits until the other end has connected. Returns whether it did."""
         if not self._socket.poll(int(timeout * 1000)):
             return False
-        (number,) = _NUMBER.unpack(self._socket.recv_multipart()[0])
+        (number,) = _NUMBER.unpack(self._socket.recv())
         return bool(number == _GREETING)
 
     def num_arrived(self) -> int:
         while True:  # to the end: the descriptor tells of changes, not of messages that are there
             try:
-                head, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return self._count
-            self._messages.append((_NUMBER.unpack(head)[0], frames))
+            self._messages.append(frames)
             self._count += 1
 
     def take(self, step_id: int) -> Tensor:
-        number, frames = self._messages.popleft()
+        first, *others = self._messages.popleft()
+        (number,) = _NUMBER.unpack_from(first)
         if number != step_id:
             raise LinkError(
                 f"the connection to another machine broke: message {step_id} is missing, message {number} came"
             )
-        data = bytearray().join(frames)
+        data = bytearray().join([memoryview(first)[_NUMBER.size :], *others])
         return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
     def receive(self, number: int) -> Tensor:
@@ -99,8 +101,7 @@ class NetworkSource:
             LinkError: It has another one.
         """
         if not self._messages:
-            head, *frames = self._socket.recv_multipart()
-            self._messages.append((_NUMBER.unpack(head)[0], frames))
+            self._messages.append(self._socket.recv_multipart())
             self._count += 1
         return self.take(number)
 
