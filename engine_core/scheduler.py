@@ -22,6 +22,7 @@ import numpy as np
 from engine_core.adapters import AdapterPool
 from engine_core.cache_shape import CacheShape, max_step_tokens
 from engine_core.config import CacheConfig, LoRAConfig, SchedulerConfig
+from engine_core.draft_allowance import DraftAllowance
 from engine_core.draft_counts import DraftCounts
 from engine_core.encoder_cache_manager import EncoderCacheManager
 from engine_core.grammar_rows import forced_drafts, judge_rows, keep_drafts
@@ -59,13 +60,6 @@ MAX_DESCRIBED_TOKENS = 1 << 16
 no more start, so that running requests wait for about 10 ms at most."""
 REQUEST_COST = 512
 """What starting a request costs besides its tokens, in tokens."""
-PATIENCE = 8
-"""Results without drafts after which plans allow none until the workers have some again."""
-RETRY_PERIOD = 32
-"""Of as many results without drafts, the first ``PATIENCE`` let plans allow some: a worker whose results come late has
-launched the next step before it finds drafts, and can keep them only if that step waits for them. Not where results are
-there at once, and not with pipeline stages, which always wait for the tokens of their rows: plans that begin to allow
-drafts would disturb their turns."""
 
 
 class Scheduler:
@@ -108,10 +102,8 @@ class Scheduler:
         self.on_admit: Callable[[int], None] | None = None
         """Called with the index of each request about to get a slot."""
         self.drafts = DraftCounts()
-        self._num_barren = 0
-        """Results in a row that came without drafts."""
+        self._allowance = DraftAllowance(max_draft_tokens, retries=has_late_results and num_stages == 1)
         self.lanes = Lanes(num_stages, config.max_num_seqs)
-        self._retries_drafts = has_late_results and num_stages == 1
         self.steps_per_plan = StepsPerPlan(
             config, max_draft_tokens, num_stages=num_stages, has_late_results=has_late_results
         )
@@ -180,7 +172,7 @@ class Scheduler:
         if not len(slots):
             return None
         if new_reqs:
-            self._num_barren = 0
+            self._allowance.restart()
         has_drafts = self._plan_drafts(slots, counts, 0 if preempted else num_running, updates, num_steps)
         ends, open_drafts = table.num_scheduled[slots], table.num_open_drafts[slots]
         sampled, allowances = table.note_samples(slots, has_drafts=has_drafts, num_steps=num_steps)
@@ -244,7 +236,7 @@ class Scheduler:
             return 1
         room = int((table.max_tokens[slots] - planned).min())
         if self._expects_drafts(slots):
-            room = max(1, room // (1 + self.max_draft_tokens))  # rather fewer steps than fewer drafts
+            room = max(1, room // (1 + self._allowance.of(most)))  # rather fewer steps than fewer drafts
         num_steps = min(most, room)
         ends = self._with_lookahead(slots, scheduled + num_steps)
         rows = (ends > table.capacity[slots]).nonzero()[0]
@@ -317,8 +309,7 @@ class Scheduler:
         """Whether workers may have drafts for rows of a plan, or grammars may."""
         if not self.max_draft_tokens:
             return False
-        num_barren = self._num_barren % RETRY_PERIOD if self._retries_drafts else self._num_barren
-        return num_barren < PATIENCE or bool(self.table.has_grammar[slots].any())
+        return self._allowance.is_expected or bool(self.table.has_grammar[slots].any())
 
     def _allow_drafts(self, slots: I32, budget: int, updates: list[list[int]], num_steps: int) -> I64:
         """Lets decoding rows verify drafts, with the tokens and blocks that all others leave.
@@ -336,7 +327,7 @@ class Scheduler:
         planned, scheduled, max_tokens = table.num_planned[slots], table.num_scheduled[slots], table.max_tokens[slots]
         goes_on = (planned > table.num_prompt[slots]) & (scheduled - planned == num_steps - 1)
         share = max(1, budget // max(1, int(np.count_nonzero(goes_on))))
-        most = min(self.max_draft_tokens, share)
+        most = min(self._allowance.of(num_steps), share)
         allowances = np.maximum(np.minimum(most, (max_tokens - planned) // num_steps - 1), 0) * goes_on
         left = budget - (allowances.cumsum() - allowances)
         drafts: I64 = np.maximum(np.minimum(left, allowances), 0)
@@ -558,8 +549,7 @@ class Scheduler:
             )
         if result.num_verified:
             self.drafts.add(result.num_verified, result.num_accepted)
-        found = result.num_draft_tokens if step.num_steps == 1 else result.num_draft_tokens + result.num_verified
-        self._num_barren = 0 if found.strip(b"\0") else self._num_barren + 1
+        self._allowance.note(step, result)
         if result.num_draft_tokens:
             keep_drafts(table, step, new, result, current)
         verdicts = judge_rows(table, step, new) if len(step.grammar_rows) else {}

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from executor.messages import I32, I64, SchedulerOutput
 from executor.request_states import RequestStates
 from executor.sampling.base import SampleRows
-from executor.speculative.speculation import step_rows
+from executor.speculative.speculation import own_tokens, step_rows
 
 U8 = npt.NDArray[np.uint8]
 
@@ -80,14 +80,23 @@ class RowsOfPlans:
         self._plan: SchedulerOutput | None = None
         self._rows: StepRows | None = None
 
+    def _goes_on(self, rows: StepRows, last: SchedulerOutput, plan: SchedulerOutput, states: RequestStates) -> bool:
+        """Whether a plan has the same rows as the last one, both without drafts, whether they are allowed or not."""
+        if plan.new_reqs or plan.slots != last.slots or plan.num_sampled != last.num_sampled or plan.forced_drafts:
+            return False
+        if plan.num_draft_tokens and states.num_drafts[rows.places].any():
+            return False
+        if plan.num_draft_tokens == last.num_draft_tokens:
+            return plan.num_scheduled_tokens == last.num_scheduled_tokens
+        return bool((own_tokens(plan) == rows.counts).all())
+
     def of(self, plan: SchedulerOutput, states: RequestStates) -> StepRows:
         """The rows of a plan, each with as many of its drafts as the plan allows."""
         last, rows = self._plan, self._rows
-        if last is not None and rows is not None and not plan.num_draft_tokens and not plan.new_reqs:
-            same = plan.slots == last.slots and plan.num_scheduled_tokens == last.num_scheduled_tokens
-            if same and plan.num_sampled == last.num_sampled:
-                rows.follow()
-                return rows
+        if last is not None and rows is not None and self._goes_on(rows, last, plan, states):
+            rows.follow()
+            self._plan = plan
+            return rows
         slots, counts, num_sampled, has_drafts = step_rows(plan, states)
         places = slots.astype(np.intp)
         samples_once = len(slots) > 0 and int(num_sampled.min()) == int(num_sampled.max()) == 1
@@ -110,5 +119,5 @@ class RowsOfPlans:
             epochs=states.epochs[sampled],
         )
         # Drafts are accepted or not, so counts do not go on from those of the step before.
-        self._plan, self._rows = (None, None) if plan.num_draft_tokens else (plan, rows)
+        self._plan, self._rows = (None, None) if has_drafts else (plan, rows)
         return rows

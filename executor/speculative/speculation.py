@@ -18,6 +18,7 @@ from executor.speculative.registry import create_proposer
 U8 = npt.NDArray[np.uint8]
 
 _NO_TOKENS: I32 = np.empty(0, np.int32)
+_NO_COUNT: I64 = np.zeros(1, np.int64)
 _NOTHING = Drafts(np.empty(0, np.int64), _NO_TOKENS)
 
 FIRST_LOGIT = 1.0
@@ -35,6 +36,12 @@ MAX_MS = 2.0
 """Of what a proposal seems to take: other work on the machine may take its time."""
 
 
+def own_tokens(plan: SchedulerOutput) -> I32:
+    """Tokens that a plan computes of each row without drafts: int32 [rows]."""
+    counts = i32(plan.num_scheduled_tokens)
+    return counts - u8(plan.num_draft_tokens) if plan.num_draft_tokens else counts
+
+
 def step_rows(plan: SchedulerOutput, states: RequestStates) -> tuple[I32, I32, U8, bool]:
     """The rows of a plan, each with as many of its drafts as the plan allows.
 
@@ -42,14 +49,14 @@ def step_rows(plan: SchedulerOutput, states: RequestStates) -> tuple[I32, I32, U
         int32 [rows]: slots; int32 [rows]: tokens to compute, drafts included; uint8 [rows]: tokens to sample, 0 or one
         more than the drafts; and whether there are any drafts.
     """
-    slots, counts, num_sampled = i32(plan.slots), i32(plan.num_scheduled_tokens), u8(plan.num_sampled)
+    slots, counts, num_sampled = i32(plan.slots), own_tokens(plan), u8(plan.num_sampled)
     if not plan.num_draft_tokens:
         return slots, counts, num_sampled, False
     allowed = u8(plan.num_draft_tokens)
     for forced in plan.forced_drafts:
         _force(forced, states)
     num_drafts = np.minimum(states.num_drafts[slots], allowed).astype(np.uint8)
-    return slots, counts - allowed + num_drafts, num_sampled + num_drafts, bool(num_drafts.any())
+    return slots, counts + num_drafts, num_sampled + num_drafts, bool(num_drafts.any())
 
 
 def _force(forced: ForcedDrafts, states: RequestStates) -> None:
@@ -67,6 +74,11 @@ def drafts_of(rows: SampleRows, states: RequestStates) -> I64:
     Also sets the rows' offsets.
     """
     numbers = rows.step_rows
+    if len(numbers) and numbers[0] == numbers[-1]:  # one row, as in most steps
+        rows.offsets = np.arange(len(numbers))
+        alone: I64 = states.token_ids[rows.slots[0], rows.positions].astype(np.int64)
+        alone[-1] = -1
+        return alone
     is_first = np.empty(len(numbers), np.bool_)
     is_first[0], is_first[1:] = True, numbers[1:] != numbers[:-1]
     firsts = is_first.nonzero()[0]
@@ -88,6 +100,8 @@ def _counts(firsts: I64, total: int) -> I64:
 def num_verified(rows: SampleRows) -> bytes:
     """Drafts that each row of a step with drafts verifies: uint8 [rows that sample]."""
     assert rows.offsets is not None
+    if rows.step_rows[0] == rows.step_rows[-1]:
+        return bytes((len(rows) - 1,))
     firsts = (rows.offsets == 0).nonzero()[0]
     return (_counts(firsts, len(rows)) - 1).astype(np.uint8).tobytes()
 
@@ -113,6 +127,8 @@ def settle(
         states.fill(rows.slots, epochs, rows.positions, output.token_ids)
         return output, b""
     assert rows.offsets is not None
+    if rows.step_rows[0] == rows.step_rows[-1] and not output.logprobs and not output.row_errors:
+        return _settle_alone(states, rows, epochs, drafts, output.token_ids)
     firsts = (rows.offsets == 0).nonzero()[0]
     counts = _counts(firsts, len(rows))
     holds = output.token_ids == drafts
@@ -134,6 +150,18 @@ def settle(
         row_errors=[error for error in output.row_errors if error.position == last[error.row]],
     )
     return reached, verdict
+
+
+def _settle_alone(
+    states: RequestStates, rows: SampleRows, epochs: I64, drafts: I64, token_ids: I64
+) -> tuple[SamplerOutput, bytes]:
+    """``settle`` for the samples of one row, without log probabilities or errors."""
+    count = int((token_ids == drafts).argmin()) + 1  # the last one has no draft
+    token_ids = token_ids[:count]
+    states.fill(rows.slots[:count], epochs[:count], rows.positions[:count], token_ids)
+    rejected, accepted = np.array((len(rows) - count,)), np.array((count - 1,))
+    states.retract(rows.slots[:1], epochs[:1], rejected, accepted)
+    return SamplerOutput(token_ids), bytes((count - 1,))
 
 
 class Speculation:
@@ -224,10 +252,45 @@ class Speculation:
             self._rest -= 1
             return None
         begin = time.perf_counter()
-        drafts = self._propose(rows, epochs, states)
+        if rows.slots[0] == rows.slots[-1]:
+            is_current = states.epochs[rows.slots[0]] == epochs[0]
+            drafts = self._propose_alone(rows.slots[:1], states) if is_current else None
+        else:
+            drafts = self._propose(rows, epochs, states)
         took = (time.perf_counter() - begin) * 1e3
         self._proposing_ms += OVERHEAD_RATE * (min(took, MAX_MS) - self._proposing_ms)
         return drafts
+
+    def _propose_alone(self, slots: I32, states: RequestStates) -> Drafts | None:
+        """``_propose`` for one slot, int32 [1]: the usual case, in which arrays take longer than the search."""
+        slot = int(slots[0])
+        idle, count = int(self._num_idle[slot]), 0
+        self._lengths.learn((slot,), states)
+        proposed = self._proposed(slots, states) if self._is_due(idle) else _NOTHING
+        idle += 1
+        if len(proposed.token_ids):
+            (count,) = self._lengths.choose((slot,), proposed, states)
+            if not self._always_searches and not self._lengths.pays(1, OVERHEAD * self._proposing_ms):
+                count, idle = 0, PATIENCE + 1
+            elif count:
+                idle = 0
+            if states.num_known[slot] != states.num_tokens[slot]:
+                count = 0
+        had_drafts, self._told[slot] = bool(self._told[slot]), count > 0
+        if not count:
+            states.num_drafts[slot] = 0
+            if not self._always_searches and idle > PATIENCE:
+                idle, self._rest = PATIENCE, SEARCH_PERIOD - 1
+        self._num_idle[slot] = idle
+        if not count:
+            return Drafts(_NO_COUNT, _NO_TOKENS) if had_drafts else None
+        drafts = Drafts(np.array([count]), proposed.token_ids[:count])
+        states.set_drafts(slots, drafts.counts, drafts.token_ids)
+        return drafts
+
+    def _is_due(self, idle: int) -> bool:
+        """Whether to search for a slot that had no drafts for some steps."""
+        return self._always_searches or idle < PATIENCE or idle % SEARCH_PERIOD == 0
 
     def _propose(self, rows: SampleRows, epochs: I64, states: RequestStates) -> Drafts | None:
         firsts = slice(None) if rows.offsets is None else (rows.offsets == 0).nonzero()[0]
@@ -239,7 +302,9 @@ class Speculation:
                 return None
         numbers = slots.tolist()
         self._lengths.learn(numbers, states)
-        proposed = self._proposed(slots, states)
+        idle = self._num_idle[slots]
+        is_due = (idle < PATIENCE) | (idle % SEARCH_PERIOD == 0) | self._always_searches
+        proposed = self._proposed(slots, states, is_due) if is_due.any() else _NOTHING
         counts = np.zeros(len(slots), np.int64)
         if len(proposed.token_ids):
             counts[:] = self._lengths.choose(numbers, proposed, states)
@@ -260,24 +325,16 @@ class Speculation:
                 self._num_idle[slots] = PATIENCE  # their turn comes next
                 self._rest = SEARCH_PERIOD - 1
             return Drafts(_spread(counts, is_current), _NO_TOKENS) if had_drafts else None
-        token_ids = proposed.token_ids
-        if len(counts) == 1:
-            token_ids = token_ids[: counts[0]]
-        else:
-            places, offsets = row_offsets(proposed.counts)
-            token_ids = token_ids[offsets < counts[places]]
+        places, offsets = row_offsets(proposed.counts)
+        token_ids = proposed.token_ids[offsets < counts[places]]
         drafts = Drafts(_spread(counts, is_current), token_ids)
         states.set_drafts(slots, counts, drafts.token_ids)
         self._told[slots] = counts > 0
         return drafts
 
-    def _proposed(self, slots: I32, states: RequestStates) -> Drafts:
+    def _proposed(self, slots: I32, states: RequestStates, is_due: npt.NDArray[np.bool_] | bool = True) -> Drafts:
         """Proposals for slots whose tokens have just come, of those whose turn it is."""
         assert self._proposer is not None
-        idle = self._num_idle[slots]
-        is_due = (idle < PATIENCE) | (idle % SEARCH_PERIOD == 0) | self._always_searches
-        if not is_due.any():
-            return _NOTHING
         # The last token of a request is never verified: nothing follows it.
         room = np.minimum(states.draft_room(slots), self._ends[slots] - 1 - states.num_known[slots])
         limits = np.maximum(np.minimum(self._limits[slots], room), 0) * is_due

@@ -14,6 +14,7 @@ from engine_core.messages import ResolvedParams, f32
 from executor.attention.recurrent import RecurrentStates
 from executor.base import ModelError
 from executor.config import ModelConfig, SpeculativeConfig
+from executor.decode_steps import DecodeSteps
 from executor.device.base import Device
 from executor.device.cpu import CpuDevice
 from executor.messages import InitKVCache, WorkerReady
@@ -212,6 +213,26 @@ def test_a_device_with_late_results_waits_only_where_drafts_are_likely(monkeypat
     assert late.channel.num_in_flight == 2
     off.run()
     assert off.outputs == engine.outputs
+
+
+def test_steps_go_on_from_the_last_one_while_drafts_are_allowed_but_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    advanced: list[int] = []
+    advance = DecodeSteps.advance
+
+    def noted(self: DecodeSteps) -> None:
+        advanced.append(len(engine.plans))
+        advance(self)
+
+    monkeypatch.setattr(DecodeSteps, "advance", noted)
+    outputs = []
+    for speculative in (None, PROPOSERS["suffix"]):
+        engine = Engine(CpuDevice(), monkeypatch, speculative=speculative, num_scheduler_steps=1)
+        advanced.clear()
+        engine.add(0, random_tokens(10), ResolvedParams(seed=5, max_tokens=9))
+        engine.run()
+        outputs.append(engine.outputs[0])
+        assert len(advanced) >= 5 and (sum(allows for _, allows in engine.plans) >= 5) == (speculative is not None)
+    assert outputs[0] == outputs[1]
 
 
 def test_right_drafts_save_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from engine_core.cache_shape import GroupShape
 from engine_core.config import SchedulerConfig
+from engine_core.draft_allowance import DraftAllowance
 from engine_core.in_flight import InFlight
 from engine_core.messages import FinishReason
 from engine_core.restart import Suspicion
@@ -303,6 +304,28 @@ def test_a_given_number_does_not_depend_on_times() -> None:
     assert chooser(num_scheduler_steps=16, max_in_flight_steps=8).choose(1) == 4, "no more tokens in flight than known"
     assert chooser(num_scheduler_steps=16, max_num_batched_tokens=12).choose(1) == 6
     assert chooser(num_scheduler_steps=16, max_num_batched_tokens=1).choose(1) == 1
+
+
+def test_plans_allow_as_many_drafts_as_rows_need() -> None:
+    allowance = DraftAllowance(16, retries=False)
+
+    def note(*num_verified: int) -> int:
+        step = a_plan(1, num_steps=2)
+        step.allowances = np.array([allowance.of(2) * 2])
+        allowance.note(step, ModelRunnerOutput(1, num_verified=bytes(num_verified)))
+        return allowance.of(2)
+
+    assert note(16, 0) == 16
+    assert [note() for _ in range(7)] == [12, 9, 6, 5, 3, 3, 3]
+    assert allowance.of(1) == 16 and allowance.is_expected, "steps alone need no room behind them"
+    assert [note(0, 2), note(4, 1), note(8, 8), note(7, 0), note(7, 7)] == [4, 8, 16, 14, 14]
+    allowance.note(a_plan(1, num_steps=2), ModelRunnerOutput(2))
+    assert allowance.of(2) == 14, "a plan that allowed none says nothing"
+    for _ in range(8):
+        note()
+    assert not allowance.is_expected
+    allowance.restart()
+    assert allowance.is_expected and allowance.of(2) == 16
 
 
 def test_steps_that_overlap_need_no_company() -> None:

@@ -17,6 +17,7 @@ from executor.sampling.base import BAD_LOGITS, SamplerOutput, SampleRows, TokenM
 from executor.sampling.reference import ReferenceSampler
 from executor.sampling.sampler import Sampler
 from executor.speculative.base import Drafts
+from executor.speculative.draft_lengths import DraftLengths
 from executor.speculative.registry import create_proposer
 from executor.speculative.speculation import Speculation, drafts_of, settle, step_rows
 from executor.speculative.suffix import SuffixProposer
@@ -283,6 +284,38 @@ def test_drafts_that_a_plan_did_not_allow_are_gone_after_its_step() -> None:
         come(2, token)  # until nothing is searched for a while
     come(1, 3)
     assert states.num_drafts[1] == 0
+
+
+def test_a_slot_alone_gets_the_drafts_that_it_gets_among_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DraftLengths, "pays", lambda *args: True)  # times decide nothing
+    generator = np.random.default_rng(1)
+    text = np.concatenate([generator.integers(0, 4, 50), np.arange(10, 40), generator.integers(0, 3, 50)])
+
+    def all_drafts() -> list[object]:
+        speculation = Speculation(SpeculativeConfig(method="suffix", num_speculative_tokens=8), 4)
+        states = RequestStates(4, 160, [])
+        request = NewRequest(2, np.array([1, 2], np.int32).tobytes(), 2, 0, (), params=ResolvedParams(max_tokens=140))
+        states.apply(SchedulerOutput(1, b"", b"", b"", new_reqs=(request,)))
+        speculation.add(request)
+        slots, told = np.array([2], np.int32), []
+        for token in text:
+            states.set_counts(slots, states.num_computed[slots] + 1, states.num_tokens[slots] + 1)
+            rows = SampleRows(slots, states.num_known[slots], np.zeros(1, np.int32))
+            states.fill(slots, states.epochs[slots], states.num_known[slots], token[None])
+            drafts = speculation.propose(rows, states.epochs[slots], states)
+            found = None if drafts is None else (drafts.counts.tolist(), drafts.token_ids.tolist())
+            told.append((found, int(states.num_drafts[2]), speculation.is_expected(slots)))
+        return told
+
+    alone = all_drafts()
+
+    def among_others(self: Speculation, slots: I32, states: RequestStates) -> Drafts | None:
+        rows = SampleRows(slots, states.num_known[slots], np.zeros(1, np.int32))
+        return self._propose(rows, states.epochs[slots], states)
+
+    monkeypatch.setattr(Speculation, "_propose_alone", among_others)
+    assert all_drafts() == alone
+    assert {expected for _, _, expected in alone} == {True, False} and len({count for _, count, _ in alone}) > 3
 
 
 def test_an_unknown_method_is_named() -> None:

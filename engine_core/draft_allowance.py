@@ -1,0 +1,60 @@
+"""Whether plans allow drafts, and how many in each row and step of a plan of several."""
+
+from __future__ import annotations
+
+from engine_core.in_flight import InFlight
+from executor.messages import ModelRunnerOutput
+
+PATIENCE = 8
+"""Results without drafts after which plans allow none until the workers have some again."""
+RETRY_PERIOD = 32
+"""Of as many results without drafts, the first ``PATIENCE`` let plans allow some: a worker whose results come late has
+launched the next step before it finds drafts, and can keep them only if that step waits for them. Not where results are
+there at once, and not with pipeline stages, which always wait for the tokens of their rows: plans that begin to allow
+drafts would disturb their turns."""
+LEAST = 3
+"""Drafts that plans of several steps allow in any case."""
+KEPT = 0.75
+"""Part of what plans of several steps allow that is left after one whose rows needed less."""
+
+
+class DraftAllowance:
+    """Follows what workers verify. No token depends on it.
+
+    A plan counts on all drafts that it allows until its result comes. So a request seems to be close to its limit while
+    plans in flight allow many, and gets shorter plans, or waits. Texts of which few drafts hold need no such room.
+    """
+
+    def __init__(self, max_draft_tokens: int, *, retries: bool) -> None:
+        """
+        Args:
+            max_draft_tokens: Most drafts of a row in a step.
+            retries: Whether ``RETRY_PERIOD`` applies.
+        """
+        self._most = self._current = float(max_draft_tokens)
+        self._retries = retries
+        self._num_barren = 0
+        """Results in a row that came without drafts."""
+
+    @property
+    def is_expected(self) -> bool:
+        """Whether workers may have drafts for the next plan."""
+        return (self._num_barren % RETRY_PERIOD if self._retries else self._num_barren) < PATIENCE
+
+    def of(self, num_steps: int) -> int:
+        """The most drafts in a row and step of a plan of this many steps."""
+        return int(self._most if num_steps == 1 else self._current)
+
+    def restart(self) -> None:
+        """Registers that a request starts, of which nothing is known."""
+        self._current, self._num_barren = self._most, 0
+
+    def note(self, step: InFlight, result: ModelRunnerOutput) -> None:
+        """Records the result of a plan in which rows have sampled."""
+        found = result.num_draft_tokens if step.num_steps == 1 else result.num_draft_tokens + result.num_verified
+        self._num_barren = 0 if found.strip(b"\0") else self._num_barren + 1
+        allowed = 0 if step.allowances is None else int(step.allowances.max()) // step.num_steps
+        if allowed:
+            used = max(result.num_verified, default=0)
+            kept = self._current if used >= allowed else KEPT * self._current
+            self._current = min(self._most, max(LEAST, 2 * used, kept))
