@@ -14,7 +14,7 @@ with its last pair.
 
 ``edits`` and ``edits16`` rewrite files (``edits.jsonl`` in the folder OCTAVO_TEST_DATA); the text that really came out
 is forced on the model. ``random16`` and ``random64`` force tokens of which none occurs twice. ``chat``, ``gsm8k``,
-``code`` and ``questions`` are the model's own answers; ``--temperature`` makes them random. ``draft`` forces its
+``code`` and ``questions`` are the model's own answers; ``--temperature`` and ``--top-p`` make them random. ``draft`` forces its
 tokens on the draft model with a probability, so that random weights suffice.
 """
 
@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument("--draft", help="draft model, for the benchmark of that name")
     parser.add_argument("--acceptance", type=float, default=0.8, help="probability that one of its drafts is right")
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--pairs", type=int, help="most pairs (default: by benchmark)")
     parser.add_argument("--tokens", type=int, help="most tokens of an output (default: by benchmark)")
     parser.add_argument("--seconds", type=float, default=190, help="after which a benchmark starts no further pair")
@@ -260,7 +261,7 @@ def main() -> None:
             print("| benchmark | pairs | tokens/s off | on | mean ratio | 95 % | median | 95 % | accepted |")
             print("|---|---|---|---|---|---|---|---|---|")
             for name, pairs in found.items():
-                own = {"temperature": 0.0 if pairs[0][0].output else options.temperature}
+                own = {"temperature": 0.0 if pairs[0][0].output else options.temperature, "top_p": options.top_p}
                 compare(off, on, name, pairs, own, (options.tokens or MAX_TOKENS, options.seconds))
         print(f"{time.perf_counter() - begin:.0f} s", file=sys.stderr)
 
