@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ops
 from executor.attention.base import AttentionGroup, HostRows
-from executor.decode_steps import DecodeSteps
+from executor.decode_steps import DecodeSteps, OneRow, fill_row, row_columns
 from executor.deferred import Array
 from executor.device.steps import ImmediateSteps, StepChannel
 from executor.graphs import Program
@@ -23,6 +23,7 @@ from executor.registry import resolve
 from executor.request_states import RequestStates
 from executor.sampling.sampler import Sampler, SampleRows
 from ops import AttentionMetadata
+from ops.dispatch import KeptInputs
 
 U8 = npt.NDArray[np.uint8]
 Change = Callable[[InputBatch], InputBatch]
@@ -128,8 +129,24 @@ class UploadedForward:
         self._recent = setup.channel.recent_tokens(len(states.num_tokens))
         self._has_drafts_of_states = any(group.shape.max_drafts for group in setup.groups)
         self._shares_memory = isinstance(setup.channel, ImmediateSteps)
+        self._may_keep = (
+            self._shares_memory
+            and all(group.is_cached for group in setup.groups)
+            and not self._has_drafts_of_states
+            and not setup.model.num_token_types
+        )
+        """Whether rows need nothing but tokens, positions and blocks, and perhaps an adapter."""
         self._decode: DecodeSteps | None = None
         """Inputs of the last step, if the next one may go on from them."""
+        self._rows: dict[int, OneRow] = {}
+        """Inputs of steps with one row, by the number of its tokens."""
+        self._kept: KeptInputs | None = None
+        """Those of the step that was prepared last, if its tensors stay."""
+        are_cached = all(group.is_cached for group in setup.groups)
+        self._is_simple = (
+            self._shares_memory and are_cached and not self._has_drafts_of_states and not setup.model.num_token_types
+        )
+        """Whether a row without an adapter needs nothing but tokens, positions and blocks."""
         computes_whole = bool(setup.groups) and not any(group.is_cached for group in setup.groups)
         self._numbers: I64 | None = np.arange(setup.max_tokens) if computes_whole and self._shares_memory else None
         """int64 [tokens]: 0, 1, ..., if a step's prompts are whole."""
@@ -152,15 +169,21 @@ class UploadedForward:
         if follows and self._decode is not None:
             self._decode.advance()
             return self._decode.batch
-        self._decode = None
-        if self._numbers is not None and len(slots) == 1 and not self._states.adapters[slots[0]]:
-            return self._batch(self._alone(int(slots[0]), int(counts[0]), self._numbers), counts)
+        self._decode = self._kept = None
+        if len(slots) == 1 and not self._states.adapters[slots[0]]:
+            if self._numbers is not None:
+                return self._batch(self._alone(int(slots[0]), int(counts[0]), self._numbers), counts)
+            if follows is not None and self._may_keep and counts[0] == num_sampled[0] and not self._states.axes:
+                return self._one_row(slots, int(counts[0]))
         columns = self._columns(slots, counts, num_sampled)
         batch = self._batch(columns, counts)
         if follows is not None and self._may_go_on(batch, counts, num_sampled):
-            positions = columns["positions"].astype(np.int64)
-            self._decode = DecodeSteps(batch, columns, slots, positions, self._states, self._groups)
+            self._go_on(DecodeSteps(batch, columns, slots, self._states, self._groups))
         return batch
+
+    def _go_on(self, decode: DecodeSteps) -> None:
+        """The next step may go on from the inputs of this one."""
+        self._decode, self._kept = decode, decode.inputs
 
     def _alone(self, slot: int, count: int, numbers: I64) -> dict[str, Array]:
         """The columns of a step that computes one prompt, made of what is there already: somebody waits for it."""
@@ -179,6 +202,24 @@ class UploadedForward:
             columns[f"block_table.{index}"] = self._positions[None, : -(-count // group.block_size)]
             columns[f"slot_mapping.{index}"] = numbers[:count]
         return columns
+
+    def _one_row(self, slots: I32, count: int) -> InputBatch:
+        """The step of one request that samples all of its tokens, in tensors that are there already: there may be less
+        to compute than new ones take."""
+        row, states = self._rows.get(count), self._states
+        if row is not None:
+            row.fill(int(slots[0]), states)
+        else:
+            columns = row_columns(count, [table.shape[1] for table in states.block_tables[: len(self._groups)]])
+            fill_row(columns, int(slots[0]), states, self._groups)
+            row = OneRow(self._batch(columns, np.array((count,), np.int32)), columns, self._groups)
+            if not _is_plain(row.batch):
+                return row.batch
+            self._rows[count] = row
+        self._kept = row.inputs
+        if count == 1:
+            self._go_on(DecodeSteps(row.batch, row.columns, slots, states, self._groups, row.inputs))
+        return row.batch
 
     def _columns(self, slots: I32, counts: I32, num_sampled: U8) -> dict[str, Array]:
         """The columns of a step."""
@@ -250,20 +291,16 @@ class UploadedForward:
 
     def _may_go_on(self, batch: InputBatch, counts: I32, num_sampled: U8) -> bool:
         """Whether the inputs of a next step with the same rows follow from those of this one, see ``DecodeSteps``."""
-        if not self._shares_memory or self._model.num_token_types or self._states.axes or self._has_drafts_of_states:
-            return False
-        if not all(group.is_cached for group in self._groups):
-            return False
-        if not all(type(each) is AttentionMetadata for each in batch.attention):  # made for this step alone
+        if not self._may_keep or self._states.axes or not _is_plain(batch):
             return False
         return len(counts) > 0 and int(counts.max()) == 1 and int(num_sampled.min()) == 1
 
     def run(self, batch: InputBatch) -> Sequence[Tensor]:
         if self._program is None:
             return run_model(self._model, batch)
-        decode = self._decode
-        keeps = decode is not None and batch.hidden is None  # hidden states come anew with each step
-        return self._program.replay(decode.inputs if decode is not None and keeps else batch.step_inputs())
+        if self._kept is not None and batch.hidden is None:  # hidden states come anew with each step
+            return self._program.replay(self._kept)
+        return self._program.replay(batch.step_inputs())
 
     def run_eagerly(self, batch: InputBatch, change: Change, embed: Callable[[InputBatch], Tensor]) -> Sequence[Tensor]:
         batch = change(batch)
@@ -281,6 +318,11 @@ REGISTRY = {
     "uploaded": "executor.forward:UploadedForward",
     "static": "executor.static_forward:StaticForward",
 }
+
+
+def _is_plain(batch: InputBatch) -> bool:
+    """Whether a batch has nothing that was made for its step alone."""
+    return all(type(each) is AttentionMetadata for each in batch.attention)
 
 
 def forward_class(setup: ForwardSetup) -> type[Forward]:

@@ -150,6 +150,9 @@ class Node:
 class KeptInputs(dict[str, Any]):
     """Inputs of a program that are the same tensors in each of its replays, though their numbers may change."""
 
+    description: object = None
+    """What the program has made of them, for the next replay."""
+
 
 class ProgramRunner(Protocol):
     """A captured program, compiled for an op set."""

@@ -14,7 +14,7 @@ from engine_core.messages import ResolvedParams, f32
 from executor.attention.recurrent import RecurrentStates
 from executor.base import ModelError
 from executor.config import ModelConfig, SpeculativeConfig
-from executor.decode_steps import DecodeSteps
+from executor.decode_steps import DecodeSteps, OneRow
 from executor.device.base import Device
 from executor.device.cpu import CpuDevice
 from executor.messages import InitKVCache, WorkerReady
@@ -233,6 +233,33 @@ def test_steps_go_on_from_the_last_one_while_drafts_are_allowed_but_not_found(mo
         outputs.append(engine.outputs[0])
         assert len(advanced) >= 5 and (sum(allows for _, allows in engine.plans) >= 5) == (speculative is not None)
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("setup", [{}, {"windows": True}], ids=str)
+def test_requests_that_run_alone_share_the_tensors_of_their_steps(
+    setup: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled: list[int] = []
+    fill = OneRow.fill
+
+    def noted(self: OneRow, slot: int, states: Any) -> None:
+        filled.append(len(self.columns["input_ids"]))
+        fill(self, slot, states)
+
+    def one_by_one(engine: Engine) -> tuple[dict[int, Any], ...]:
+        engine.add(9, random_tokens(5), ResolvedParams(temperature=0.0, max_tokens=99))
+        engine.launch()  # another slot has other blocks from now on
+        for index in (1, 2, 6):
+            engine.add(index, *REQUESTS[index])
+            engine.scheduler.abort_request(9)
+            engine.run()
+        return engine.outputs, engine.logprobs
+
+    monkeypatch.setattr(OneRow, "fill", noted)
+    expected = one_by_one(Engine(CpuDevice(), monkeypatch, **setup))
+    speculative = scripts(tmp_path, expected[0], 4, 3)
+    assert one_by_one(Engine(CpuDevice(), monkeypatch, speculative=speculative, **setup)) == expected, "bit for bit"
+    assert len(filled) > 10 and {1, 5} <= {*filled}
 
 
 def test_right_drafts_save_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
