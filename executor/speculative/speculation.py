@@ -28,9 +28,9 @@ PATIENCE = 8
 SEARCH_PERIOD = 4
 """After as many, a slot's text is searched each time that this many steps have passed: searches take the more of a step
 the less they bring. Where this holds for all slots, nothing is done in between."""
-OVERHEAD = 2.0
-"""What drafts take of a step while they are expected, in times of what their proposal takes: a step with drafts is
-prepared anew, and its results are sorted."""
+OVERHEAD = 1.5
+"""What drafts take of a step while they are expected, in times of what their proposal takes: plans allow them, and the
+core looks for them in results."""
 OVERHEAD_RATE = 0.05
 MAX_MS = 2.0
 """Of what a proposal seems to take: other work on the machine may take its time."""
