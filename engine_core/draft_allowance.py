@@ -17,6 +17,8 @@ LEAST = 3
 KEPT = 0.75
 """Part of what plans of several steps allow that is left after one whose rows needed less."""
 
+MEAN_RATE = 0.25
+
 
 class DraftAllowance:
     """Follows what workers verify. No token depends on it.
@@ -32,6 +34,8 @@ class DraftAllowance:
             retries: Whether ``RETRY_PERIOD`` applies.
         """
         self._most = self._current = float(max_draft_tokens)
+        self._mean = 0.0
+        """Drafts that a row verifies in a step, on average of the latest plans."""
         self._retries = retries
         self._num_barren = 0
         """Results in a row that came without drafts."""
@@ -40,6 +44,11 @@ class DraftAllowance:
     def is_expected(self) -> bool:
         """Whether workers may have drafts for the next plan."""
         return (self._num_barren % RETRY_PERIOD if self._retries else self._num_barren) < PATIENCE
+
+    @property
+    def usual(self) -> int:
+        """Drafts that suffice in most steps: rows near their limits get steps for so many, rather than fewer steps."""
+        return min(int(self._current), max(LEAST, round(2 * self._mean)))
 
     def of(self, num_steps: int) -> int:
         """The most drafts in a row and step of a plan of this many steps."""
@@ -58,3 +67,5 @@ class DraftAllowance:
             used = max(result.num_verified, default=0)
             kept = self._current if used >= allowed else KEPT * self._current
             self._current = min(self._most, max(LEAST, 2 * used, kept))
+            mean = sum(result.num_verified) / max(1, len(step.slots) * step.num_steps)
+            self._mean += MEAN_RATE * (mean - self._mean)

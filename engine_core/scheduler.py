@@ -236,7 +236,7 @@ class Scheduler:
             return 1
         room = int((table.max_tokens[slots] - planned).min())
         if self._expects_drafts(slots):
-            room = max(1, room // (1 + self._allowance.of(most)))  # rather fewer steps than fewer drafts
+            room = max(1, room // (1 + self._allowance.usual))
         num_steps = min(most, room)
         ends = self._with_lookahead(slots, scheduled + num_steps)
         rows = (ends > table.capacity[slots]).nonzero()[0]

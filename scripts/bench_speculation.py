@@ -14,8 +14,8 @@ with its last pair.
 
 ``edits`` and ``edits16`` rewrite files (``edits.jsonl`` in the folder OCTAVO_TEST_DATA); the text that really came out
 is forced on the model. ``random16`` and ``random64`` force tokens of which none occurs twice. ``chat``, ``gsm8k``,
-``code`` and ``questions`` are the model's own answers; ``--temperature`` and ``--top-p`` make them random. ``draft`` forces its
-tokens on the draft model with a probability, so that random weights suffice.
+``code`` and ``questions`` are the model's own answers; ``--temperature`` and ``--top-p`` make them random. ``draft``
+forces its tokens on the draft model with a probability, so that random weights suffice.
 """
 
 from __future__ import annotations

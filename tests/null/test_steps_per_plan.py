@@ -316,7 +316,9 @@ def test_plans_allow_as_many_drafts_as_rows_need() -> None:
         return allowance.of(2)
 
     assert note(16, 0) == 16
+    assert allowance.usual == 4
     assert [note() for _ in range(7)] == [12, 9, 6, 5, 3, 3, 3]
+    assert allowance.usual == 3
     assert allowance.of(1) == 16 and allowance.is_expected, "steps alone need no room behind them"
     assert [note(0, 2), note(4, 1), note(8, 8), note(7, 0), note(7, 7)] == [4, 8, 16, 14, 14]
     allowance.note(a_plan(1, num_steps=2), ModelRunnerOutput(2))

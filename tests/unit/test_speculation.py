@@ -291,13 +291,14 @@ def test_a_slot_alone_gets_the_drafts_that_it_gets_among_others(monkeypatch: pyt
     generator = np.random.default_rng(1)
     text = np.concatenate([generator.integers(0, 4, 50), np.arange(10, 40), generator.integers(0, 3, 50)])
 
-    def all_drafts() -> list[object]:
+    def all_drafts() -> list[tuple[object, int, bool]]:
         speculation = Speculation(SpeculativeConfig(method="suffix", num_speculative_tokens=8), 4)
         states = RequestStates(4, 160, [])
         request = NewRequest(2, np.array([1, 2], np.int32).tobytes(), 2, 0, (), params=ResolvedParams(max_tokens=140))
         states.apply(SchedulerOutput(1, b"", b"", b"", new_reqs=(request,)))
         speculation.add(request)
-        slots, told = np.array([2], np.int32), []
+        slots = np.array([2], np.int32)
+        told: list[tuple[object, int, bool]] = []
         for token in text:
             states.set_counts(slots, states.num_computed[slots] + 1, states.num_tokens[slots] + 1)
             rows = SampleRows(slots, states.num_known[slots], np.zeros(1, np.int32))
