@@ -136,8 +136,7 @@ def run_and_kill(server: Server, prompts: list[list[int]], max_tokens: int, kill
         if kill_after is not None:
             while num_computed(server) - begin < kill_after * sum(map(len, prompts)):
                 time.sleep(0.01)
-            worker = find([server], "worker")
-            assert worker is not None
+            (worker,) = find([server], "worker")
             os.kill(worker[0], signal.SIGKILL)
         for each in asked:
             each.result()

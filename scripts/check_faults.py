@@ -110,15 +110,16 @@ titles = TITLES | FAR_TITLES | RAY_TITLES
 """Of all processes that may be killed."""
 
 
-def find(servers: Servers, target: str) -> tuple[int, str] | None:
-    """Process id and start time of one of the servers' processes."""
+def find(servers: Servers, target: str) -> list[tuple[int, str]]:
+    """Process ids and start times of some of the servers' processes."""
     server = servers[0] if target in TITLES else servers[-1]
+    found = []
     for pid, started in sorted(descendants(server.pid)):
         with contextlib.suppress(OSError):
             title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
             if re.match(titles[target], title):
-                return pid, started
-    return None
+                found.append((pid, started))
+    return found
 
 
 def is_ready(server: Server) -> bool:
@@ -132,15 +133,16 @@ def is_ready(server: Server) -> bool:
         connection.close()
 
 
-def kill(servers: Servers, target: str, signal_name: str, streams: list[Stream]) -> Kill | None:
-    """Sends a signal and waits until the server is whole again; None: there is no such process now.
+def kill(servers: Servers, target: str, signal_name: str, streams: list[Stream], rng: random.Random) -> Kill | None:
+    """Sends a signal to such a process and waits until the server is whole again; None: there is none now.
 
     Raises:
         RuntimeError: It does not recover.
     """
-    server, victim = servers[0], find(servers, target)
-    if victim is None:
+    server, before = servers[0], find(servers, target)
+    if not before:
         return None
+    victim = rng.choice(before)
     result = Kill(target, signal_name, [stream for stream in streams if stream.is_alive()])
     begin = time.monotonic()
     with contextlib.suppress(ProcessLookupError):
@@ -150,7 +152,8 @@ def kill(servers: Servers, target: str, signal_name: str, streams: list[Stream])
             os.kill(victim[0], signal.SIGKILL)
     # A helper that nobody needs may stay away, and a stopped one may stay as it is.
     while time.monotonic() - begin < PATIENCE:
-        is_replaced = target == "helper" or find(servers, target) not in (None, victim)
+        now = find(servers, target)
+        is_replaced = target == "helper" or victim not in now and len(now) >= len(before)
         if is_replaced and is_ready(server):
             result.seconds = time.monotonic() - begin
             return result
@@ -200,7 +203,7 @@ def disturb(servers: Servers, options: argparse.Namespace) -> tuple[list[Kill], 
         streams = start_streams(server, options)
         while len(kills) < options.kills and any(stream.is_alive() for stream in streams):
             time.sleep(rng.uniform(0.0, 1.0))
-            done = kill(servers, *turns[turn % len(turns)], streams)
+            done = kill(servers, *turns[turn % len(turns)], streams, rng)
             turn += 1
             if done is not None:
                 missing_since = None

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import socket
+import tempfile
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
 import pytest
 import torch
 
@@ -41,6 +50,49 @@ def test_what_machines_exchange(interface: str) -> None:
             rank.agree(rank.rank, "places")
 
     on_machines(3, 2, exchange, interface)
+
+
+class Canary:
+    """Does something if it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(CAGE),)
+
+
+def listening() -> set[tuple[str, int]]:
+    """Where this process waits for connections."""
+    found = psutil.Process().net_connections("tcp")
+    return {(each.laddr.ip, each.laddr.port) for each in found if each.status == "LISTEN"}
+
+
+CAGE = Path(tempfile.gettempdir()) / f"canary{os.getpid()}"
+
+
+def test_strangers_at_the_sockets_of_gloo() -> None:
+    """And at those of its store: what they send is not executed, and disturbs nobody."""
+    data = [pickle.dumps(Canary()), bytes(range(256)) * 16, b"", b"GET / HTTP/1.1\r\n\r\n", bytes(64), b"\xff" * 64]
+
+    before = listening()
+
+    def exchange(rank: MachineRank) -> float:
+        own = torch.full((3, 4), float(rank.rank))
+        rank.wait()
+        with ExitStack() as stack:
+            if rank.rank == 0:
+                found = listening() - before
+                assert {host for host, _ in found} == {"127.0.0.1"} and len(found) >= 3, "store, and Gloo of both"
+                for address in found:
+                    for sent in data:
+                        stranger = stack.enter_context(socket.create_connection(address))
+                        with suppress(OSError):  # it may be closed already
+                            stranger.sendall(sent)
+            for _ in range(20):
+                total = rank.all_gather(own, (4, 4)).sum().item()
+            rank.wait()
+        return total
+
+    assert on_machines(2, 2, exchange, "lo") == [12.0, 12.0]
+    assert not CAGE.exists()
 
 
 @pytest.mark.parametrize(
