@@ -60,8 +60,10 @@ def _placement(config: ServerConfig, secret: bytes) -> RayPlacement:
         option, each = "--data-parallel-backend ray", max(1, config.num_local_replicas)
         ranks = range(config.num_local_replicas, config.data_parallel_size, each)
         num_cpus *= each
+        num_gpus = each * executor.parallel.world_size
     else:
         option, ranks = "--distributed-executor-backend ray", range(1, executor.parallel.nnodes)
+        num_gpus = executor.parallel.most_local_workers
     encoded = msgspec.msgpack.encode(replace(config, api_key=[], admin_api_key=[]))  # agents serve no API
     launches = [
         AgentLaunch(
@@ -79,6 +81,7 @@ def _placement(config: ServerConfig, secret: bytes) -> RayPlacement:
         address=executor.parallel.ray_address,
         nnodes=1 + len(launches),
         num_cpus=num_cpus,
+        num_gpus=0 if executor.device.device == "cpu" else num_gpus,
         agents=tuple(launches),
         log_level=config.log_level,
     )

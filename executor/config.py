@@ -320,6 +320,14 @@ class ParallelConfig(Config, frozen=True):
     def world_size(self) -> int:
         return self.num_shares * self.num_mirrors
 
+    @property
+    def most_local_workers(self) -> int:
+        """Of one copy of the model, workers of the machine that has most; see ``executor.parallel.places``."""
+        tp_size, pp_size = self.tensor_parallel_size, self.pipeline_parallel_size
+        if self.nnodes <= pp_size:
+            return -(-pp_size // self.nnodes) * tp_size
+        return -(-tp_size // (self.nnodes // pp_size))
+
 
 class DeviceConfig(Config, frozen=True):
     """The device of each worker."""

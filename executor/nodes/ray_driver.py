@@ -72,6 +72,8 @@ class AgentKeeper:
         """By Ray's reference to the exit code."""
         self._waiting: list[Seat] = []
         self._cluster = ""
+        self._num_gpus = 0
+        """That each agent takes."""
         self.address = ""
         """This machine's."""
 
@@ -106,7 +108,8 @@ class AgentKeeper:
             missing = self._placement.nnodes - self._count_machines()
             if missing <= 0 and self._group is None:
                 own = {f"node:{self.address}": _OWN_SHARE}
-                bundles = [own, *({"CPU": self._placement.num_cpus} for _ in range(num_agents))]
+                self._find_gpus()
+                bundles = [own, *(self._share() for _ in range(num_agents))]
                 self._group = self._ray.util.placement_group(bundles, strategy="STRICT_SPREAD")
             if self._group is None:
                 time.sleep(TURN)
@@ -123,6 +126,16 @@ class AgentKeeper:
             master = launch.master_addr or self.address
             self._start(Seat(msgspec.structs.replace(launch, master_addr=master), index))
 
+    def _find_gpus(self) -> None:
+        """Finds out whether agents take GPUs."""
+        has_any = self._ray.cluster_resources().get("GPU", 0) > 0
+        self._num_gpus = self._placement.num_gpus if has_any else 0
+
+    def _share(self) -> dict[str, int]:
+        """What an agent takes of a machine, in Ray's words."""
+        share = {"CPU": self._placement.num_cpus}
+        return {**share, "GPU": self._num_gpus} if self._num_gpus else share
+
     def _count_machines(self) -> int:
         return sum(bool(node["Alive"]) for node in self._ray.nodes())
 
@@ -133,10 +146,11 @@ class AgentKeeper:
                 f"the Ray cluster has {has} of {self._placement.nnodes} machines; ray start "
                 f"--address={self._cluster} on another adds it"
             )
-        cpus = self._placement.num_cpus
+        takes = f"{self._placement.num_cpus} of its CPUs"
+        takes += f" and {self._num_gpus} of its GPUs" if self._num_gpus else ""
         return (
             f"Ray has no room for {len(self._placement.agents)} agents on machines other than this one, each with "
-            f"{cpus} of its CPUs; ray status shows what is taken"
+            f"{takes}; ray status shows what is taken"
         )
 
     def _start(self, seat: Seat) -> None:
@@ -144,7 +158,7 @@ class AgentKeeper:
             self._group, placement_group_bundle_index=seat.bundle
         )
         actor = self._ray.remote(AgentActor).options(
-            scheduling_strategy=strategy, num_cpus=self._placement.num_cpus, max_restarts=0
+            scheduling_strategy=strategy, num_cpus=self._placement.num_cpus, num_gpus=self._num_gpus, max_restarts=0
         )
         seat.actor = actor.remote()
         seat.started_at = self._clock()

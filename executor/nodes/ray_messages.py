@@ -33,6 +33,8 @@ class RayPlacement(Config, frozen=True):
     """Machines, with this one."""
     num_cpus: int
     """Ray's CPUs that an agent takes."""
+    num_gpus: int
+    """Ray's GPUs that an agent takes, if the cluster has any; otherwise it hides those of the machine."""
     agents: tuple[AgentLaunch, ...]
     """Of the other machines; an empty ``master_addr`` stands for this machine's address in Ray."""
     log_level: str = "info"

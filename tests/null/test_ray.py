@@ -168,7 +168,7 @@ AGENTS = tuple(
     AgentLaunch(config=b"", node_rank=rank, master_addr="", title=f"machine {rank}", folder="/", secret=b"secret")
     for rank in (1, 2)
 )
-PLACEMENT = RayPlacement(option=OPTION, address="", nnodes=3, num_cpus=4, agents=AGENTS)
+PLACEMENT = RayPlacement(option=OPTION, address="", nnodes=3, num_cpus=4, num_gpus=2, agents=AGENTS)
 
 
 def until(keeper: AgentKeeper, condition: Callable[[], bool]) -> None:
@@ -191,7 +191,34 @@ def test_agents_are_placed_on_machines_of_their_own(ray: Any, agents: Agents, mo
     assert [each.bundle for each in strategies] == [1, 2]
     group = strategies[0].group
     assert group.strategy == "STRICT_SPREAD" and group.bundles == [{"node:127.0.0.1": 0.001}, {"CPU": 4}, {"CPU": 4}]
-    assert all(actor.options["num_cpus"] == 4 for actor in ray.actors)
+    assert all((actor.options["num_cpus"], actor.options["num_gpus"]) == (4, 0) for actor in ray.actors)
+
+
+def test_agents_take_gpus_where_there_are_any(ray: Any, agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would hide them otherwise."""
+    monkeypatch.setattr(ray, "num_nodes", 3)
+    monkeypatch.setattr(ray, "num_gpus", 8)
+    keeper = AgentKeeper(ray, PLACEMENT)
+    keeper.connect()
+    keeper.place()
+    until(keeper, lambda: len(agents.launches) == 2)
+    assert ray.actors[0].options["scheduling_strategy"].group.bundles[1:] == [{"CPU": 4, "GPU": 2}] * 2
+    assert all(actor.options["num_gpus"] == 2 for actor in ray.actors)
+    assert keeper._too_few(0).endswith("each with 4 of its CPUs and 2 of its GPUs; ray status shows what is taken")
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_gpus"),
+    [
+        (RAY, 1),
+        (RAY | {"device": "cpu"}, 0),
+        (RAY | {"pipeline_parallel_size": 5, "tensor_parallel_size": 2, "nnodes": 3}, 4),
+        (RAY | {"pipeline_parallel_size": 1, "tensor_parallel_size": 5, "nnodes": 2}, 3),
+        (ENGINES | {"data_parallel_size": 4, "data_parallel_size_local": 2, "tensor_parallel_size": 2}, 4),
+    ],
+)
+def test_gpus_of_an_agent(fields: dict[str, Any], num_gpus: int) -> None:
+    assert _placement(make_config(fields)[0], b"secret").num_gpus == num_gpus
 
 
 def test_an_agent_that_ends_is_started_again_later_each_time(

@@ -14,6 +14,7 @@ from . import exceptions, util
 __all__ = ["exceptions", "util"]
 
 num_nodes = int(os.environ.get("STAND_IN_NODES", "2"))
+num_gpus = 0
 actors: list[_Actor] = []
 """All that were ever created."""
 
@@ -27,6 +28,10 @@ def init(address: str, **options: Any) -> None:
 def nodes() -> list[dict[str, Any]]:
     alive = [{"Alive": True, "NodeID": str(i), "NodeManagerAddress": f"127.0.0.{i}"} for i in range(1, 1 + num_nodes)]
     return [{**alive[0], "Alive": False, "NodeID": "9"}, *alive]
+
+
+def cluster_resources() -> dict[str, float]:
+    return {"CPU": 8.0 * num_nodes, **({"GPU": float(num_gpus)} if num_gpus else {})}
 
 
 def get_runtime_context() -> Any:
