@@ -225,7 +225,7 @@ class GGUFCheckpoint:
         self.config = hf_config_from_gguf(header, str(path))
         """The model's configuration under the names of config.json."""
         arch = self.config["model_type"]
-        if ARCHITECTURES[arch].has_q_k_v_apart:
+        if not ARCHITECTURES[arch].has_merged_qkv:
             self.entries = self._divided(self._apart)
         self.entries = self._divided(gguf_experts.apart)
         arch_id = next(key for key, value in MODEL_ARCH_NAMES.items() if value == arch)

@@ -33,8 +33,8 @@ class Architecture:
     count."""
     ungrouped: Collection[MODEL_TENSOR] = ()
     """Tensors with q, k and v one after the other, which the model has by KV head."""
-    has_q_k_v_apart: bool = False
-    """Whether the model has q, k and v as three tensors. Files may have them as one."""
+    has_merged_qkv: bool = False
+    """Whether the model has a tensor of this name. Others have q, k and v, which files may hold in one."""
     by_head: Collection[MODEL_TENSOR] = ()
     """Matrices that files have apart for each head, [heads, rows, columns], and the model in one."""
     transposed: Collection[MODEL_TENSOR] = ()
@@ -187,6 +187,19 @@ def phi3(fields: Fields, config: Config) -> None:
     windows(fields, config)
     length = config["rope_parameters"].get("original_max_position_embeddings", config["max_position_embeddings"])
     config["original_max_position_embeddings"] = length
+
+
+PHIMOE_MSCALE = 1.243163121016122
+"""What the angles of Phi-3.5-MoE are multiplied with."""
+
+
+def phimoe(fields: Fields, config: Config) -> None:
+    """The converter computes the factor of the angles as for Phi-3."""
+    phi3(fields, config)
+    if (config["original_max_position_embeddings"], config["max_position_embeddings"]) == (4096, 131072):
+        config["rope_parameters"]["attention_factor"] = PHIMOE_MSCALE
+    experts(fields, config)
+    config |= {"lm_head_bias": "output.bias" in config["tensors"]}
 
 
 def mistral3(fields: Fields, config: Config) -> None:
@@ -466,7 +479,7 @@ def shared_experts(fields: Fields, config: Config) -> None:
     """Experts of which all tokens share some, after dense layers."""
     arch = config["model_type"]
     experts(fields, config)
-    config["first_k_dense_replace"] = fields.integer(Keys.LLM.LEADING_DENSE_BLOCK_COUNT.format(arch=arch))
+    config["first_k_dense_replace"] = min(layers_with(config, "ffn_gate_inp.weight"), default=0)
     config["n_shared_experts"] = fields.integer(Keys.LLM.EXPERT_SHARED_COUNT.format(arch=arch), 0)
     config["norm_topk_prob"] = fields.boolean(Keys.LLM.EXPERT_WEIGHTS_NORM.format(arch=arch), False)
     config["routed_scaling_factor"] = fields.number(Keys.LLM.EXPERT_WEIGHTS_SCALE.format(arch=arch), 1.0)
@@ -474,7 +487,7 @@ def shared_experts(fields: Fields, config: Config) -> None:
 
 
 def deepseek2(fields: Fields, config: Config) -> None:
-    """DeepSeek-V2, V3, Kimi K2 and GLM-4.7-Flash: the function of the router's scores tells which. Older files lack it,
+    """DeepSeek-V2, V3, Kimi K2 and GLM-4.7-Flash: the router tells which. Older files lack the function of its scores,
     and V3's groups."""
     arch = config["model_type"]
     shared_experts(fields, config)
@@ -506,7 +519,8 @@ def deepseek2(fields: Fields, config: Config) -> None:
     if config["rope_parameters"].get("mscale_all_dim"):  # the files have a tenth of it
         scale = 10 * config["rope_parameters"]["mscale_all_dim"]
         config["rope_parameters"] |= {"mscale": scale, "mscale_all_dim": scale}
-    if fields.integer(Keys.LLM.EXPERT_GATING_FUNC.format(arch=arch), SOFTMAX) == SIGMOID:
+    is_corrected = layers_with(config, "exp_probs_b.bias")
+    if is_corrected or fields.integer(Keys.LLM.EXPERT_GATING_FUNC.format(arch=arch), SOFTMAX) == SIGMOID:
         config["architectures"] = ["DeepseekV3ForCausalLM"]
     else:
         config["norm_topk_prob"] = False
@@ -520,12 +534,13 @@ PERMUTED = {MODEL_TENSOR.ATTN_Q: "num_attention_heads", MODEL_TENSOR.ATTN_K: "nu
 
 STATES: Mapping[str, Any] = {"transposed": (MODEL_TENSOR.SSM_CONV1D,)}
 """What all models with recurrences have."""
-LINEAR = ((r"\.linear_attn\.", ".self_attn."),)
+LINEAR: Mapping[str, Any] = {**STATES, "renames": ((r"\.linear_attn\.", ".self_attn."),), "has_merged_qkv": True}
+"""Gated DeltaNets, whose own q, k and v are one tensor."""
 MIXER = ((r"^backbone\.layers\.(\d+)\.mixer\.", r"model.layers.\1.self_attn."),)
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "arcee": Architecture("ArceeForCausalLM", PERMUTED),
-    "chatglm": Architecture("GlmForCausalLM", has_q_k_v_apart=True),
+    "chatglm": Architecture("GlmForCausalLM"),
     "cohere2": Architecture("Cohere2ForCausalLM", configure=cohere),
     "command-r": Architecture("CohereForCausalLM", configure=cohere),
     "deepseek2": Architecture(
@@ -539,6 +554,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "exaone4": Architecture("Exaone4ForCausalLM", configure=windows),
     "falcon": Architecture(
         "FalconForCausalLM",
+        has_merged_qkv=True,
         ungrouped=(MODEL_TENSOR.ATTN_QKV,),
         renames=((r"^transformer\.h\.(\d+)\.(ln_attn|ln_mlp)$", r"model.layers.\1.\2"),),
         configure=falcon,
@@ -569,8 +585,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "glm4": Architecture("Glm4ForCausalLM"),
     "glm4moe": Architecture("Glm4MoeForCausalLM", has_experts=True, configure=shared_experts),
     "gpt-oss": Architecture("GptOssForCausalLM", has_experts=True, configure=gpt_oss),
-    "gpt2": Architecture("GPT2LMHeadModel"),
-    "gptneox": Architecture("GPTNeoXForCausalLM", ungrouped=(MODEL_TENSOR.ATTN_QKV,), configure=gpt_neox),
+    "gpt2": Architecture("GPT2LMHeadModel", has_merged_qkv=True),
+    "gptneox": Architecture(
+        "GPTNeoXForCausalLM", has_merged_qkv=True, ungrouped=(MODEL_TENSOR.ATTN_QKV,), configure=gpt_neox
+    ),
     "granite": Architecture("GraniteForCausalLM", PERMUTED, configure=granite),
     "granitehybrid": Architecture(
         "GraniteMoeHybridForCausalLM",
@@ -611,18 +629,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "olmo2": Architecture("Olmo2ForCausalLM", also=("Olmo3ForCausalLM",), configure=olmo2),
     "olmoe": Architecture("OlmoeForCausalLM", has_experts=True, configure=olmoe),
     "phi2": Architecture("PhiForCausalLM"),
-    "phi3": Architecture("Phi3ForCausalLM", configure=phi3),
+    "phi3": Architecture("Phi3ForCausalLM", has_merged_qkv=True, configure=phi3),
+    "phimoe": Architecture("PhimoeForCausalLM", has_experts=True, configure=phimoe),
     "qwen2": Architecture("Qwen2ForCausalLM"),
     "qwen2moe": Architecture("Qwen2MoeForCausalLM", has_experts=True, configure=qwen2_moe),
     "qwen2vl": Architecture("Qwen2ForCausalLM", configure=axes),
     "qwen3": Architecture("Qwen3ForCausalLM"),
-    "qwen35": Architecture("Qwen3_5ForCausalLM", renames=LINEAR, norm_offset=1.0, configure=qwen35, **STATES),
-    "qwen35moe": Architecture(
-        "Qwen3_5MoeForCausalLM", renames=LINEAR, norm_offset=1.0, has_experts=True, configure=qwen35, **STATES
-    ),
+    "qwen35": Architecture("Qwen3_5ForCausalLM", norm_offset=1.0, configure=qwen35, **LINEAR),
+    "qwen35moe": Architecture("Qwen3_5MoeForCausalLM", norm_offset=1.0, has_experts=True, configure=qwen35, **LINEAR),
     "qwen3moe": Architecture("Qwen3MoeForCausalLM", has_experts=True, configure=qwen3_moe),
     "qwen3next": Architecture(
-        "Qwen3NextForCausalLM", renames=LINEAR, norm_offset=1.0, has_experts=True, configure=qwen3_next, **STATES
+        "Qwen3NextForCausalLM", norm_offset=1.0, has_experts=True, configure=qwen3_next, **LINEAR
     ),
     "qwen3vl": Architecture("Qwen3ForCausalLM", configure=axes),
     "qwen3vlmoe": Architecture("Qwen3MoeForCausalLM", has_experts=True, configure=qwen3_vl_moe),

@@ -18,19 +18,21 @@ from tqdm import tqdm
 
 
 def measure(model: nn.Module, pieces: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """The mean square of each input of each linear layer, float32 [in_features], by the layer's name."""
+    """The mean square of each input of each linear layer, float32 [in_features], by the layer's name.
+
+    Of experts, whose weights transformers has in one, it is that of what all of a layer's experts are given.
+    """
     sums: dict[str, Tensor] = {}
 
-    def watch(name: str, layer: nn.Linear) -> None:
-        total = sums[name] = torch.zeros(layer.in_features)
-
+    def watch(name: str, layer: nn.Module) -> None:
         def add(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            total.add_(given[0].float().square().flatten(0, -2).sum(0))
+            squares = given[0].float().square().flatten(0, -2).sum(0)
+            sums[name] = sums[name] + squares if name in sums else squares
 
         layer.register_forward_pre_hook(add)
 
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) or name.endswith(".experts") and not isinstance(layer, nn.ModuleList):
             watch(name, layer)
     for piece in tqdm(pieces, desc="Measuring", unit=" texts"):
         model(torch.tensor([piece]))

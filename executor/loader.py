@@ -40,7 +40,7 @@ from executor.models.vision.tower import VisionTower
 from executor.packing import Packing, fill_with_random_numbers, in_threads
 from executor.parallel import ParallelState, split_layers
 from executor.quantization import Options, QuantizationConfig, choose_quantization
-from executor.quantization.at_load import QuantizingParameter
+from executor.quantization.at_load import QuantizingParameter, read_imatrix
 from executor.quantization.fp8 import CACHE_SCALES
 from executor.quantization.packed import describe
 from executor.registry import resolve
@@ -232,11 +232,35 @@ def prepare_model(
         kv_dtype=choose_kv_dtype(config.kv_cache_dtype, dtype),
         head=head,
         max_adapters=max_adapters,
+        stored_modules=stored_modules(config, hf_config, checkpoint, model_class.mapper, head),
     )
     model = build_model(model_class, context, attention_backend)
     if not hf_config.boolean("is_causal", True) and any(layer.shape.causal for layer in model.attention_layers()):
         hf_config.bad("is_causal", f"true for {hf_config.architecture}, whose tokens attend to earlier ones only")
     return model, context, checkpoint
+
+
+def stored_modules(
+    config: ModelConfig, hf_config: HFConfig, checkpoint: Checkpoint | None, mapper: WeightsMapper, head: Head
+) -> dict[str, str]:
+    """Names of modules that a quantisation looks up, by those in the model, where they differ.
+
+    They are those in the checkpoint, or in the file of ``--imatrix``. Of a model that is a part of others, they are
+    those of the part alone, as in ``HFConfig.quantization``.
+    """
+    if config.imatrix:
+        names = [f"{module}.weight" for module in read_imatrix(config.imatrix)]
+    elif hf_config.quantization is not None and isinstance(checkpoint, SafetensorsCheckpoint):
+        names = [tensor.name for tensor in checkpoint.tensors((), WeightsMapper())]
+    else:
+        return {}
+    mapper = mapper if head == "lm" else mapper.without_logits()
+    if not mapper.renames:
+        return {}
+    found = {}
+    for stored in language_part.renamed_modules(names) if hf_config.is_part else names:
+        found[mapper.name(stored).rpartition(".")[0]] = stored.rpartition(".")[0]
+    return {name: stored for name, stored in found.items() if name != stored}
 
 
 def quantization_of(

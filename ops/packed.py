@@ -146,11 +146,20 @@ class ExpertWeights:
     """Connects ranks that share the experts, and of which each has some rows of all weights; None: there is one."""
     inner_widths: tuple[int, ...] = ()
     """Columns of the results of gates that each rank makes."""
+    gate_up_orders: tuple[Tensor, ...] | None = None
+    """int64 [hidden] of each expert: the columns of its inputs in the order of the weight's; None: as they are."""
+    down_orders: tuple[Tensor, ...] | None = None
+    """int64 [inner], likewise."""
 
     @property
     def is_gated(self) -> bool:
         """Whether an expert computes ``down(act(gate(x)) * up(x))``, and not ``down(act(up(x)))``."""
         return self.activation != "relu2"
+
+    @property
+    def has_orders(self) -> bool:
+        """Whether experts have their columns in orders of their own."""
+        return self.gate_up_orders is not None or self.down_orders is not None
 
 
 GROUP = 32

@@ -397,7 +397,7 @@ def _add_experts(writer: gguf.GGUFWriter, arch: str, config: Mapping[str, Any]) 
     count = next(config[name] for name in ("num_local_experts", "num_experts", "n_routed_experts") if name in config)
     writer.add_expert_count(count)
     writer.add_expert_used_count(config["num_experts_per_tok"])
-    if arch != "llama":
+    if arch not in ("llama", "phimoe"):
         writer.add_expert_feed_forward_length(config.get("moe_intermediate_size") or config["intermediate_size"])
     if arch == "deepseek2":
         is_v3 = config["model_type"] == "deepseek_v3"
@@ -517,7 +517,7 @@ def _add_facts(writer: gguf.GGUFWriter, arch: str, config: Mapping[str, Any]) ->
     if arch == "olmo":
         writer.add_clamp_kqv(config["clip_qkv"])
     window, types = config.get("sliding_window"), config.get("layer_types")
-    if window is not None or arch == "phi3":
+    if window is not None or arch in ("phi3", "phimoe"):
         writer.add_sliding_window(window or 0)
         if types is not None:
             writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in types])

@@ -91,10 +91,12 @@ def _words(digits: str, letters: str = r"\p{L}") -> str:
     return rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?{letter}+|{digits}| ?[^\s{letters}\p{{N}}]+[\r\n]*|{_SPACES}"
 
 
-def _cased_words(digits: str, end: str = "") -> str:
+def _cased_words(digits: str, end: str = "", among: str = "]", after: str = r"\r\n/") -> str:
+    """``among`` ends the classes of letters, ``after`` is what may follow other characters."""
+    upper, lower = f"{_UPPER[:-1]}{among}", f"{_LOWER[:-1]}{among}"
     return (
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{end}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{end}"
-        rf"|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+        rf"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{end}|[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{end}"
+        rf"|{digits}| ?[^\s\p{{L}}\p{{N}}]+[{after}]*|{_SPACES}"
     )
 
 
@@ -147,6 +149,17 @@ _DEEPSEEK_LLM: Final = PreRule(
         _SINGLE_DIGITS,
     )
 )
+_DEEPSEEK_V3: Final = PreRule(
+    (
+        r"\p{N}{1,3}",
+        r"[一-龥぀-ゟ゠-ヿ]+",
+        rf"[!-/:-@\[-`{{-~][A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+"
+        rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}",
+    )
+)
+_KIMI: Final = PreRule(
+    (r"\p{Han}+|" + _cased_words(r"\p{N}{1,3}", f"{_CONTRACTIONS}?", r"&&[^\p{Han}]]", r"\r\n"),), ignore_merges=True
+)
 _DEEPSEEK_CODER: Final = PreRule((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", _SINGLE_DIGITS))
 _VIKING: Final = PreRule((r" ?[^(\s|.,!?…。，、।۔،)]+", _SINGLE_DIGITS))
 _SEED_CODER: Final = PreRule(
@@ -193,6 +206,8 @@ _PRE_RULES: Final[dict[str, PreRule]] = {
     "llama4": _GPT4O,
     "tekken": _TEKKEN,
     "deepseek-llm": _DEEPSEEK_LLM,
+    "deepseek-v3": _DEEPSEEK_V3,
+    "kimi-k2": _KIMI,
     "deepseek-coder": _DEEPSEEK_CODER,
     "viking": _VIKING,
     "seed-coder": _SEED_CODER,

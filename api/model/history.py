@@ -7,6 +7,7 @@ the client's names of roles.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any, Final
@@ -30,6 +31,7 @@ def normalize_messages(messages: Sequence[Mapping[str, Any]], uses: TemplateUses
       is missing, as after a tool call, it becomes an empty string, since many templates concatenate it.
     * Arguments of calls become objects or JSON text, as the template expects. An empty list of calls is omitted.
     * ``function_call`` and the role ``function``, the older form of calls, become ``tool_calls`` and ``tool``.
+    * Several calls of a message become a message each, followed by its result, if the template writes only the first.
     * A result with ``is_error`` begins with "Error: ", unless the template reads the field itself.
     * ``developer`` becomes ``system`` unless the template knows it. Leading system messages are joined, since templates
       look only at the first message.
@@ -38,7 +40,8 @@ def normalize_messages(messages: Sequence[Mapping[str, Any]], uses: TemplateUses
         ValueError: A message is malformed or has content other than text; the error names the field.
     """
     messages = _without_functions(messages)
-    return _with_one_system([_normalized(message, f"messages[{i}]", uses) for i, message in enumerate(messages)])
+    result = [_normalized(message, f"messages[{i}]", uses) for i, message in enumerate(messages)]
+    return _with_one_system(_one_call_each(result) if uses.has_one_call else result)
 
 
 def _without_functions(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -164,6 +167,32 @@ def _arguments(function: Mapping[str, Any], arguments_format: ArgumentsFormat) -
     if arguments_format == "text" and isinstance(arguments, Mapping):
         return json.dumps(arguments, ensure_ascii=False)
     return arguments
+
+
+def _one_call_each(messages: list[Message]) -> list[Message]:
+    """Gives each call a message of its own, before its result. A result without a known id belongs to the first call
+    that has none."""
+    result: list[Message] = []
+    rest = deque(messages)
+    while rest:
+        message = rest.popleft()
+        calls = [call for call in message.get("tool_calls", ()) if isinstance(call, Mapping)]
+        if len(calls) < 2:
+            result.append(message)
+            continue
+        ids = {str(call["id"]) for call in calls if call.get("id") is not None}
+        own: dict[str, list[Message]] = {}
+        others: deque[Message] = deque()
+        while rest and rest[0]["role"] == "tool":
+            call_id = str(rest[0].get("tool_call_id", ""))
+            (own.setdefault(call_id, []) if call_id in ids else others).append(rest.popleft())
+        for index, call in enumerate(calls):
+            head = message if index == 0 else {"role": message["role"], "content": ""}
+            result.append({**head, "tool_calls": [call]})
+            found = own.pop(str(call.get("id")), None)
+            result += found or ([others.popleft()] if others else [])
+        result += others
+    return result
 
 
 def _with_one_system(messages: list[Message]) -> list[Message]:

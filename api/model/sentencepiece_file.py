@@ -59,7 +59,7 @@ def read_sentencepiece(folder: Path, config: Mapping[str, Any]) -> GGUFFile | No
     if model is None:
         return None
     try:
-        _add_tokens(model, config.get("added_tokens_decoder") or {})
+        add_tokens(model, config.get("added_tokens_decoder") or {})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelFileError(folder / "tokenizer_config.json", f"added_tokens_decoder: {error!r}") from error
     for name in ("add_bos_token", "add_eos_token"):
@@ -106,7 +106,7 @@ def _model(content: bytes) -> dict[str, Any] | None:
     }
 
 
-def _add_tokens(model: dict[str, Any], added: Mapping[str, Mapping[str, Any]]) -> None:
+def add_tokens(model: dict[str, Any], added: Mapping[str, Mapping[str, Any]]) -> None:
     """Renames pieces, and adds tokens after the last, as ``added_tokens_decoder`` says."""
     tokens, types, scores = model["tokens"], model["token_type"], model["scores"]
     for token_id, token in sorted((int(key), value) for key, value in added.items()):

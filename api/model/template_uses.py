@@ -40,6 +40,7 @@ class TemplateUses:
         knows_developer: It names the role ``developer``.
         reads_is_error: It reads ``is_error`` of a tool result.
         refuses_both: It rejects calls with content as well as thinking before them, as gpt-oss's does.
+        has_one_call: It writes only the first call of a message, as those of gpt-oss and Llama 3 do.
     """
 
     content_format: ContentFormat = "string"
@@ -49,6 +50,7 @@ class TemplateUses:
     knows_developer: bool = False
     reads_is_error: bool = False
     refuses_both: bool = False
+    has_one_call: bool = False
 
 
 def find_uses(tree: nodes.Template) -> TemplateUses:
@@ -57,6 +59,7 @@ def find_uses(tree: nodes.Template) -> TemplateUses:
     loops = content.are_looped_over(tree)
     needs_parts = loops and not content.are_tested(tree)
     arguments = _Uses(tree, "arguments", follows_filter=lambda name: name in _SAME_VALUE_FILTERS)
+    calls = _Uses(tree, "tool_calls", follows_filter=lambda _: True)
     constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     return TemplateUses(
         content_format="openai" if loops else "string",
@@ -66,6 +69,7 @@ def find_uses(tree: nodes.Template) -> TemplateUses:
         knows_developer="developer" in constants,
         reads_is_error="is_error" in constants or any(node.attr == "is_error" for node in tree.find_all(nodes.Getattr)),
         refuses_both=any("both content and thinking" in text for text in constants),
+        has_one_call=calls.are_read_at(tree, 0) and not calls.are_looped_over(tree),
     )
 
 
@@ -139,6 +143,13 @@ class _Uses:
 
     def are_looped_over(self, tree: nodes.Node) -> bool:
         return any(self.holds(loop.iter) for loop in tree.find_all(nodes.For))
+
+    def are_read_at(self, tree: nodes.Node, index: int) -> bool:
+        """Whether the template reads the item at a fixed index."""
+        return any(
+            self.holds(node.node) and isinstance(node.arg, nodes.Const) and node.arg.value == index
+            for node in tree.find_all(nodes.Getitem)
+        )
 
     def are_tested(self, tree: nodes.Node) -> bool:
         """Whether the template tests the field's type."""

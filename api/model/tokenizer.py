@@ -1,9 +1,10 @@
 """Converts text to token ids and back, with the ``tokenizers`` Rust library.
 
 A tokenizer comes from a model's folder (``tokenizer.json`` and the files around it) or from a GGUF file. A folder
-without ``tokenizer.json`` has a SentencePiece model (``sentencepiece_file.py``), or another older form, for which
-``transformers`` is imported, which takes seconds. ``tokenizer.json`` is authoritative, including its post-processor:
-flags such as ``add_bos_token`` in ``tokenizer_config.json`` describe how that file was created, and are ignored.
+without ``tokenizer.json`` has a SentencePiece model (``sentencepiece_file.py``), Kimi's vocabulary
+(``tiktoken_file.py``), or another older form, for which ``transformers`` is imported, which takes seconds.
+``tokenizer.json`` is authoritative, including its post-processor: flags such as ``add_bos_token`` in
+``tokenizer_config.json`` describe how that file was created, and are ignored.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ import tokenizers
 from tokenizers import AddedToken
 
 from api.errors import ModelFileError
+from api.model.byte_level import BYTE_OF_CHAR
 from api.model.gguf_file import GGUFFile
 from api.model.gguf_tokenizer import convert_gguf_tokenizer
 from api.model.sentencepiece_file import FILE_NAME as SENTENCEPIECE_FILE
 from api.model.sentencepiece_file import read_sentencepiece
+from api.model.tiktoken_file import FILE_NAME as TIKTOKEN_FILE
+from api.model.tiktoken_file import read_tiktoken
 from api.model.tokenizer_check import check_tokenizer_file
 from api.model.tokenizer_trial import try_tokenizer
 from engine_core.launch import read_document, read_json, why
@@ -187,10 +191,11 @@ class Tokenizer:
         folder = Path(path)
         config = _read_json(folder / _CONFIG_FILE)
         if not (folder / _TOKENIZER_FILE).is_file():
-            model = read_sentencepiece(folder, config)
-            if model is None:
-                return _convert_slow_tokenizer(folder, config)
-            return cls._from_files(folder, config, convert_gguf_tokenizer(model).backend, folder / SENTENCEPIECE_FILE)
+            for read, name in ((read_sentencepiece, SENTENCEPIECE_FILE), (read_tiktoken, TIKTOKEN_FILE)):
+                model = read(folder, config)
+                if model is not None:
+                    return cls._from_files(folder, config, convert_gguf_tokenizer(model).backend, folder / name)
+            return _convert_slow_tokenizer(folder, config)
         try_tokenizer(folder / _TOKENIZER_FILE, check_tokenizer_file(folder / _TOKENIZER_FILE, config))
         try:
             backend = guarded(tokenizers.Tokenizer.from_file, str(folder / _TOKENIZER_FILE))
@@ -429,20 +434,10 @@ class _TokenBytes(dict[int, bytes]):
         return (both[len(before) :] if both.startswith(before) else decode([token_id], False)).encode()
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable Latin-1 characters are themselves, the others start at U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(rest)}
-
-
-_BYTE_OF_CHAR: Final = _byte_alphabet()
-
-
 def byte_level_bytes(token: str) -> bytes:
     """The bytes that a token of a byte-level vocabulary spells."""
     try:
-        return bytes([_BYTE_OF_CHAR[char] for char in token])
+        return bytes([BYTE_OF_CHAR[char] for char in token])
     except KeyError:  # an added token, which is plain text
         return token.encode()
 

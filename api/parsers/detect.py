@@ -16,7 +16,7 @@ _Rules: TypeAlias = Sequence[tuple[str, tuple[str, ...]]]
 """Parsers and the texts that a template for each of them has, the most specific first."""
 
 _TOOLS: Final[_Rules] = (
-    ("harmony", ("<|channel|>", "to=functions.")),
+    ("harmony", ("<|channel|>", "to=", "functions.")),
     ("gemma4", ("<|tool_call>call:",)),
     ("functiongemma", ("<start_function_call>",)),
     ("mistral", ("[TOOL_CALLS]",)),

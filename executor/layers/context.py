@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -33,6 +34,8 @@ class ModelContext:
     """Most low-rank adapters in memory; 0: layers compute without them."""
     communicator: Communicator = field(default_factory=SingleRank)
     """Connects the ranks that share the layers."""
+    stored_modules: Mapping[str, str] = field(default_factory=dict)
+    """Names of modules in the checkpoint, as a quantisation lists them, by those in the model, where they differ."""
 
     def alone(self) -> ModelContext:
         """The context of layers that this rank has whole."""

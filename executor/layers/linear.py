@@ -58,7 +58,7 @@ class LinearLayer(nn.Module):
         self.output_sizes = [each.size for part in output_parts.values() for each in part.ranges]
         """Columns of the result, for each projection."""
         names = [stored_module(prefix, shard_id) for shard_id in output_parts]
-        self.method = context.quantization.linear_method(names)
+        self.method = context.quantization.linear_method([context.stored_modules.get(name, name) for name in names])
         try:
             self.weights = self.method.create(self.shape)
         except ValueError as error:

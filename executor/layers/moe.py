@@ -259,18 +259,23 @@ class MoE(nn.Module):
     def weights(self) -> ops.ExpertWeights:
         """The packed weights of the experts."""
         if self._weights is None:
-            gate_up, gate_up_bias = packed([expert.get_submodule("gate_up_proj") for expert in self._experts()])
-            down, down_bias = packed([expert.get_submodule("down_proj") for expert in self._experts()])
-            top_k = min(self.routing.top_k, len(self.experts))
-            weights = ops.ExpertWeights(
-                gate_up, down, gate_up_bias, down_bias, self.activation, top_k, self.scales_input
-            )
+            names = ("gate_up_proj", "down_proj")
+            layers = [[expert.get_submodule(name) for expert in self._experts()] for name in names]
+            (gate_up, gate_up_bias), (down, down_bias) = map(packed, layers)
+            activation, top_k = self.activation, min(self.routing.top_k, len(self.experts))
+            weights = ops.ExpertWeights(gate_up, down, gate_up_bias, down_bias, activation, top_k, self.scales_input)
+            first, second = map(orders, layers)
+            weights = replace(weights, gate_up_orders=first, down_orders=second)
             self._weights = self._shared_by_ranks(weights)
         return self._weights
 
     def _shared_by_ranks(self, weights: ops.ExpertWeights) -> ops.ExpertWeights:
         if self.communicator.size == 1 or self.communicator.cuts_sums:
             return weights
+        if weights.has_orders:
+            raise ModelError(
+                "--tensor-parallel-size: workers cannot share experts that GPTQ quantised with desc_act; use 1"
+            )
         if weights.is_gated and any(not isinstance(each, Tensor) and not each.paired for each in weights.gate_up):
             raise ModelError(
                 "--tensor-parallel-size: workers cannot share experts whose gates and ups are stored in different "
@@ -307,22 +312,24 @@ def adapter_tables(layers: list[nn.Module]) -> tuple[ops.AdapterTable, ...]:
 
 
 def packed(layers: list[nn.Module]) -> tuple[tuple[ops.Weight, ...], tuple[Tensor, ...] | None]:
-    """The weights and biases of the same projection of all experts.
-
-    Raises:
-        ModelError: The kernels cannot multiply weights stored like that.
-    """
+    """The weights and biases of the same projection of all experts."""
     weights, biases = [], []
     for layer in layers:
         assert isinstance(layer, LinearLayer)
-        if layer.weights.order is not None:
-            raise ModelError(
-                "experts quantised by GPTQ with desc_act are not supported yet; use a checkpoint with desc_act false"
-            )
         weights.append(layer.weights.packed)
         if layer.weights.bias is not None:
             biases.append(layer.weights.bias.data)
     return tuple(weights), tuple(biases) or None
+
+
+def orders(layers: list[nn.Module]) -> tuple[Tensor, ...] | None:
+    """The orders of the columns of the same projection of all experts; None: all are as in the checkpoint."""
+    weights = [layer.weights for layer in layers if isinstance(layer, LinearLayer)]
+    first = next((each.order for each in weights if each.order is not None), None)
+    if first is None:
+        return None
+    natural = torch.arange(len(first), device=first.device)
+    return tuple(natural if each.order is None else each.order for each in weights)
 
 
 def sparse_layers(config: HFConfig) -> list[bool]:

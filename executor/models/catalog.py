@@ -239,7 +239,12 @@ CATALOG = (
         gguf=("phi3",),
         limits="`--max-model-len` decides between short and long LongRoPE factors",
     ),
-    Entry("Phi-3.5-MoE", ("PhimoeForCausalLM",), ("microsoft/Phi-3.5-MoE-instruct",)),
+    Entry(
+        "Phi-3.5-MoE",
+        ("PhiMoEForCausalLM", "PhimoeForCausalLM"),
+        ("microsoft/Phi-3.5-MoE-instruct",),
+        gguf=("phimoe",),
+    ),
     Entry("Qwen2", ("Qwen2ForCausalLM",), ("Qwen/Qwen2.5-0.5B-Instruct",), gguf=("qwen2", "qwen2vl")),
     Entry("Qwen2-MoE", ("Qwen2MoeForCausalLM",), ("Qwen/Qwen1.5-MoE-A2.7B-Chat",), gguf=("qwen2moe",)),
     Entry("Qwen3", ("Qwen3ForCausalLM",), ("Qwen/Qwen3-0.6B",), gguf=("qwen3", "qwen3vl")),

@@ -79,6 +79,7 @@ REGISTRY = {
     "OlmoeForCausalLM": "executor.models.olmoe:OlmoeForCausalLM",
     "Phi3ForCausalLM": "executor.models.phi3:Phi3ForCausalLM",
     "PhiForCausalLM": "executor.models.phi:PhiForCausalLM",
+    "PhiMoEForCausalLM": "executor.models.phimoe:PhimoeForCausalLM",
     "PhimoeForCausalLM": "executor.models.phimoe:PhimoeForCausalLM",
     "Qwen2ForCausalLM": "executor.models.qwen2:Qwen2ForCausalLM",
     "Qwen2MoeForCausalLM": "executor.models.qwen2:Qwen2MoeForCausalLM",

@@ -142,6 +142,10 @@ class Int8(QuantizationConfig):
         return QuantizingEmbedding(self.options)
 
 
+GATES = ("gate_proj", "up_proj", "w1", "w3")
+"""Projections of experts that are given the hidden states."""
+
+
 class Int4(Int8):
     """4 bits with a scale and a minimum for each 32 columns. Tables have 8 bits: they lose most."""
 
@@ -156,6 +160,11 @@ class Int4(Int8):
         if self.importance is None:
             return super().linear_method(names)
         found = next((self.importance[name] for name in names if name in self.importance), None)
+        if found is None:
+            block, dot, projection = names[0].rpartition(".experts.")
+            found = self.importance.get(f"{block}.experts") if projection.endswith(GATES) else None
+            if dot and found is None:
+                return super().linear_method(names)  # nobody has measured what lies between their products
         if found is None:
             raise ModelError(f"--imatrix {self.options.imatrix} has no {names[0]}; make it from this model")
         return QuantizingLinear(self.scheme, self.options, found)

@@ -680,7 +680,8 @@ def experts(
         return None
     gate_up, down = _experts(weights.gate_up, x.dtype), _experts(weights.down, x.dtype)
     biases = (weights.gate_up_bias, weights.down_bias)
-    if gate_up is None or down is None or not all(_is_vector(each, x.dtype) for some in biases for each in some or ()):
+    vectors = [each for some in biases for each in some or ()]
+    if gate_up is None or down is None or weights.has_orders or not all(_is_vector(each, x.dtype) for each in vectors):
         return None
     addresses = [some and (ctypes.c_void_p * len(some))(*(each.data_ptr() for each in some)) for some in biases]
     fields = {

@@ -114,7 +114,7 @@ def experts(
     tokens_of = [(routed[:, index] != 0).nonzero().flatten() for index in chosen]
     inner_of = []
     for index, tokens in zip(chosen, tokens_of, strict=True):
-        selected = x[tokens]
+        selected = _in_order(x[tokens], weights.gate_up_orders, index)
         if weights.scales_input:
             selected = (selected.float() * routed[tokens, index, None]).to(x.dtype)
         up_bias = _of(weights.gate_up_bias, index)
@@ -127,8 +127,8 @@ def experts(
         inner_of = list(whole.split([len(tokens) for tokens in tokens_of]))
     total = torch.zeros((len(x), weights.down[0].shape[0]), dtype=torch.float32, device=x.device)
     for index, tokens, inner in zip(chosen, tokens_of, inner_of, strict=True):
-        weight = routed[tokens, index, None]
-        down_bias = _of(weights.down_bias, index)
+        weight, down_bias = routed[tokens, index, None], _of(weights.down_bias, index)
+        inner = _in_order(inner, weights.down_orders, index)
         out = unrounded(inner, weights.down[index], down_bias)
         for places, adapter in [] if adapters is None else of_rows(adapters.down[index], rows, tokens):
             out[places] = adapted(inner[places], weights.down[index], down_bias, adapter)
@@ -144,6 +144,10 @@ def _activated(gate_up: Tensor, weights: ExpertWeights) -> Tensor:
     if weights.activation == "relu2":
         return activation(gate_up, weights.activation)
     return act_and_mul(gate_up, weights.activation)
+
+
+def _in_order(x: Tensor, orders: tuple[Tensor, ...] | None, index: int) -> Tensor:
+    return x if orders is None else x[:, orders[index]]
 
 
 def _of(biases: tuple[Tensor, ...] | None, index: int) -> Tensor | None:

@@ -306,6 +306,10 @@ def _distances(weights: Sequence[Any]) -> Tensor:
 
 def _check(weights: ExpertWeights) -> None:
     """Refuses experts that there are no kernels for."""
+    if weights.has_orders:
+        raise NotImplementedError(
+            "GPUs do not multiply with experts quantised by GPTQ with desc_act yet (--quantization none converts them)"
+        )
     for each in (weights.gate_up, weights.down):
         formats = {_format(weight) for weight in each}
         if len(formats) > 1 or len(formats.pop()) > 1:

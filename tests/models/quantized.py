@@ -35,13 +35,15 @@ def written(
     )
     stored, numbers = {}, {}
     generator = torch.Generator().manual_seed(0)
-    orders: dict[int, Tensor] = {}
+    orders: dict[tuple[int, str], Tensor] = {}  # that of q, k and v, or of gate and up of an expert
     for name, tensor in load_file(folder / "model.safetensors").items():
         stored[name] = numbers[name] = tensor
         prefix = name.removesuffix(".weight")
         if name.endswith("_proj.weight") and not skip(prefix) or has_head and prefix == "lm_head":
             columns = tensor.shape[1]
-            order = orders.setdefault(columns, torch.randperm(columns, generator=generator))
+            order = orders.setdefault(
+                (columns, prefix.rpartition(".")[0]), torch.randperm(columns, generator=generator)
+            )
             tensors, numbers[name] = module(stored.pop(name), config, order)
             stored |= {f"{prefix}.{leaf}": each.contiguous() for leaf, each in tensors.items()}
     save_file(stored, folder / "model.safetensors")

@@ -158,10 +158,12 @@ def test_gguf_of_variants(kind: str, variant: str) -> None:
     assert_close(logits_of(load(file.path), token_ids), reference_logits(folder, file.weights, token_ids))
 
 
-@pytest.mark.parametrize("options", [{}, {"attention_bias": False}])
-def test_gguf_of_glm_with_q_k_and_v_in_one_tensor(options: dict[str, Any]) -> None:
-    """As files made from checkpoints in ChatGLM's own format have them."""
-    folder = tiny.checkpoint("glm", **options)
+@pytest.mark.parametrize(
+    ("kind", "options"), [("glm", {}), ("glm", {"attention_bias": False}), ("phi", {"qk_layernorm": False})]
+)
+def test_q_k_and_v_in_one_tensor(kind: str, options: dict[str, Any]) -> None:
+    """As files made from checkpoints in ChatGLM's own format have them, and others if llama.cpp's converter is told."""
+    folder = tiny.checkpoint(kind, **options)
     file = tiny.gguf_file(folder, GGMLQuantizationType.F32, is_fused=True)
     token_ids = random_tokens(60)
     assert_close(logits_of(load(file.path), token_ids), reference_logits(folder, file.weights, token_ids))

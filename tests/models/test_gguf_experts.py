@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,25 @@ from executor.gguf import hf_config_from_gguf
 from executor.layers.moe import MoE
 from tests import tiny
 from tests.family import YARN
+from tests.mixtures import MIXTURES
 from tests.models.harness import assert_close, assert_independent_of_batch, load, logits_of, random_tokens
 from tests.models.test_gguf import reference_logits
 
 WIDE: dict[str, Any] = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 256, "num_hidden_layers": 2}
+FACTOR = math.sqrt(1 + math.log(512 / 32) / math.log(32))
+PHIMOE_ROPE: dict[str, Any] = {
+    **MIXTURES["phimoe"].fields["rope_parameters"],
+    "long_mscale": FACTOR,
+    "short_mscale": FACTOR,
+}
+"""The converter computes the factor, as of other models of Phi."""
 FAMILIES: dict[str, dict[str, Any]] = {
     # What files do not say is as llama.cpp knows it.
     "glm4_moe": {"n_group": 1, "topk_group": 1},
     "gpt_oss": {"layer_types": None, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
     "mixtral": {"sliding_window": None},
     "olmoe": {"attention_bias": False, "clip_qkv": None},
+    "phimoe": {"router_jitter_noise": 0.01, "sliding_window": None, "rope_parameters": PHIMOE_ROPE},
     "qwen3_moe": {"attention_bias": False, "mlp_only_layers": [], "use_sliding_window": False},
 }
 
@@ -53,7 +63,8 @@ def in_memory(kind: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
             prefix, _, leaf = name.partition(".down_proj.")
             name = f"{prefix}.down_proj{'_bias' * (leaf == 'bias')}"
             weight = weight.transpose(1, 2) if kind == "gpt_oss" and leaf == "weight" else weight
-        result[name.replace("block_sparse_moe", "mlp")] = weight
+        name = name.replace("block_sparse_moe", "mlp")
+        result[name.replace(".gate.", ".router.") if kind == "phimoe" else name] = weight
     return result
 
 

@@ -57,13 +57,17 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "qwen3_5": {},  # states, one per block
 }
+MIXTURES: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {},  # latents
+    "gpt_oss": {"sliding_window": WINDOW},
+}
 BACKENDS = ["cpu", "reference"]
 
 
 @functools.cache
 def runner(kind: str, backend: str, dtype: str) -> ModelRunner:
     own, _, cache = dtype.partition(", cache in ")
-    folder = tiny.checkpoint(kind, **MODELS[kind])
+    folder = tiny.checkpoint(kind, **(MODELS | MIXTURES)[kind])
     config = msgspec.convert({"model": str(folder), "dtype": own, "kv_cache_dtype": cache or "auto"}, ModelConfig)
     loaded = load_model(config, ParallelState(), CPU, backend, lambda stage, done, total: None)
     with patch.object(RecurrentStates, "block_size", BLOCK_SIZE):  # several in a short sequence
@@ -233,7 +237,7 @@ def test_nothing_reads_blocks_that_nobody_uses(kind: str, backend: str, dtype: s
     assert same(engine.run(poison=True), expected)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [*MODELS, *MIXTURES])
 def test_prefixes_are_found_with_windows(kind: str) -> None:
     """A second turn goes on where the first one ended, and somebody else where both began."""
     expected = without_freeing(kind)

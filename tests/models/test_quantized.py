@@ -197,30 +197,6 @@ def test_int4(tmp_path: Path) -> None:
     assert loaded.weight_bytes < load(folder, quantization="int8").weight_bytes < plain.weight_bytes / 3
 
 
-EXPERTS: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96}
-
-
-@pytest.mark.parametrize(("method", "most"), [("int8", 0.1), ("int4", 0.4), ("fp8", 0.15)])
-def test_experts_quantised_at_load(method: str, most: float) -> None:
-    folder, tokens = tiny.checkpoint("qwen3_moe", **EXPERTS), random_tokens(40)
-    loaded, plain = load(folder, quantization=method), load(folder)
-    logits, expected = logits_of(loaded, tokens), logits_of(plain, tokens)
-    assert 0 < (logits - expected).std() < most * expected.std()
-    assert torch.equal(logits_of(loaded, tokens, captured=True), logits)
-    assert loaded.weight_bytes < 0.5 * plain.weight_bytes
-
-
-def test_experts_of_a_quantised_checkpoint(tmp_path: Path) -> None:
-    folder, plain = written(tmp_path, gptq_module, gptq(), family="qwen3_moe", **EXPERTS)
-    assert_close(logits_of(load(folder), tokens := random_tokens(40)), logits_of(load(plain), tokens))
-
-
-def test_experts_in_an_order_of_their_own_are_refused(tmp_path: Path) -> None:
-    folder, _ = written(tmp_path, gptq_module, gptq(desc_act=True), family="qwen3_moe", **EXPERTS)
-    with pytest.raises(ModelError, match="desc_act are not supported yet"):
-        logits_of(load(folder), random_tokens(4))
-
-
 def test_int4_with_an_importance_matrix(tmp_path: Path) -> None:
     folder = tiny.checkpoint("llama", **FIELDS, tied=True)
     model = load_plain(folder, "float32")
@@ -247,6 +223,17 @@ def test_int4_with_an_importance_matrix(tmp_path: Path) -> None:
     )
     file.write_bytes(b"x")
     assert "octavo imatrix makes such files" in refusal(folder, quantization="int4", imatrix=str(file))
+
+
+def test_an_importance_matrix_has_the_names_of_the_checkpoint(tmp_path: Path) -> None:
+    folder = tiny.checkpoint("qwen3_5", linear_key_head_dim=32, linear_value_head_dim=32)
+    found = measure(load_plain(folder, "float32"), [random_tokens(20)])
+    assert "model.layers.0.linear_attn.out_proj" in found
+    save_file(found, tmp_path / "imatrix.safetensors")
+    logits = logits_of(
+        load(folder, quantization="int4", imatrix=str(tmp_path / "imatrix.safetensors")), random_tokens(9)
+    )
+    assert logits.isfinite().all()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -326,3 +326,29 @@ def test_tool_calls_win_over_a_function_call() -> None:
 def test_the_result_of_no_function() -> None:
     with pytest.raises(ValueError, match=r"messages\[0\] has the role 'function'"):
         normalize_messages([{"role": "function", "name": "f", "content": "r"}], STRING)
+
+
+FIRST_CALL = (
+    "{% for m in messages %}{% if m.tool_calls %}{{ m.thinking }}<{{ m.content }}"
+    "{% set call = m.tool_calls[0].function %}{{ call.name ~ ' ' ~ call.arguments | tojson }}>"
+    "{% else %}[{{ m.content }}]{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("ids", "order"),
+    [(["1", "2", "3"], "abc"), (["3", "1", "2"], "bca"), ([None, None, None], "abc"), (["x", "2", "y"], "abc")],
+)
+def test_a_template_of_one_call_sees_all(ids: list[str | None], order: str) -> None:
+    """The others would be lost, and their results be taken for those of the first."""
+    calls = [{"id": str(n), "function": {"name": f"f{n}", "arguments": f'{{"n": {n}}}'}} for n in (1, 2, 3)]
+    results = [{"role": "tool", "tool_call_id": each, "content": text} for each, text in zip(ids, "abc", strict=True)]
+    asks = {"role": "assistant", "content": "!", "thinking": "hm", "tool_calls": calls}
+    first, second, third = (f"[{each}]" for each in order)
+    expected = f'[hi]hm<!f1 {{"n": 1}}>{first}<f2 {{"n": 2}}>{second}<f3 {{"n": 3}}>{third}[so]'
+    before, after = ({"role": "user", "content": text} for text in ("hi", "so"))
+    assert render(FIRST_CALL, before, asks, *results, after) == expected
+    assert uses_of(FIRST_CALL).has_one_call
+    assert not uses_of(
+        "{% for c in messages[0].tool_calls %}{{ messages[0].tool_calls[0].id }}{% endfor %}"
+    ).has_one_call

@@ -180,3 +180,6 @@ def test_what_has_no_kernels_is_refused() -> None:
     mixed = replace(dense, down=(*several(HIDDEN, INNER, seed=40, dtype=torch.bfloat16)[:1], *dense.down[1:]))
     with pytest.raises(NotImplementedError, match="several formats"):
         triton_experts.experts(randn(2, HIDDEN), routed_tokens(2), mixed)
+    ordered = replace(dense, down_orders=(torch.arange(INNER),) * EXPERTS)
+    with pytest.raises(NotImplementedError, match="desc_act"):
+        triton_experts.experts(randn(2, HIDDEN), routed_tokens(2), ordered)

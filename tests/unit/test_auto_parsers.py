@@ -28,7 +28,7 @@ FAMILIES = {
         ["<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>"],
         ["<|channel|>", "analysis", "<|message|>", "Hm", "<|end|>", "<|start|>", "assistant",
          "<|channel|>commentary to=functions.f ", "<|constrain|>", 'json<|message|>{"a": "b', '"}', "<|call|>"],
-        "<|channel|>analysis to=functions.",
+        "<|channel|>analysis {{ ' to=' }}{{ 'functions.' }}",
     ),
     "mistral": (
         ["[THINK]", "[/THINK]", "[TOOL_CALLS]", "[ARGS]"],

@@ -429,6 +429,8 @@ def test_gguf_sentencepiece_merges_as_transformers_derives_them() -> None:
         ("qwen2", ["Hi", " World", "'s", " ", "1", "2", "3", "4", "5", " ", " x", "!!"]),
         ("tekken", ["Hi", " World", "'s", " ", "1", "2", "3", "4", "5", " ", " x", "!!"]),
         ("deepseek-llm", ["Hi", " World", "'", "s", " ", "1", "2", "3", "4", "5", " ", " x", "!!"]),
+        ("deepseek-v3", ["Hi", " World", "'s", " ", "123", "45", " ", " x", "!!"]),
+        ("kimi-k2", ["Hi", " World's", " ", "123", "45", " ", " x", "!!"]),
     ],
 )
 def test_pre_tokenizers(pre: str, pieces: list[str]) -> None:
