@@ -5,6 +5,7 @@
     python scripts/bench_step.py --model folder --decode 16 --context 1024
     python scripts/bench_step.py --model folder --prefill 256 2048     prompts alone
     python scripts/bench_step.py --model folder --explain              where the time of a step goes
+    python scripts/bench_step.py --model folder --neighbours 1         beside a busy loop on one core
     python scripts/bench_step.py --model 1b --load-format dummy        a shape with random weights
     python scripts/bench_step.py --model experts --load-format dummy   one with experts
 
@@ -20,8 +21,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import select
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -256,6 +259,26 @@ def folder_of(model: str) -> Iterator[str]:
         yield folder
 
 
+@contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """Busy loops on some of this process's cores, one each."""
+    cores = sorted(os.sched_getaffinity(0))[:count]
+    loops = [
+        subprocess.Popen([sys.executable, "-c", f"import os\nos.sched_setaffinity(0, [{core}])\nwhile True: pass"])
+        for core in cores
+    ]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+KINDS = ("products", "logits", "attention", "others")
+"""Of kernel calls, in the table of ``Explanation``."""
+
+
 class Explanation:
     """Seconds that a step spends in each kind of kernel call. Wraps ``octavo_run``."""
 
@@ -270,6 +293,8 @@ class Explanation:
         self.all: dict[str, float] = defaultdict(float)
         """From when the first thread begins until it begins with the next call."""
         self.calls: dict[str, int] = defaultdict(int)
+        self.table: list[str] = []
+        """Of all kinds of steps, in Markdown."""
 
     def clear(self) -> None:
         for figures in (self.begins, self.own, self.all, self.calls):
@@ -296,9 +321,16 @@ class Explanation:
             self.all[name] += ends[i] - times[i, 0, 0]
             self.calls[name] += 1
 
-    def show(self, steps: int) -> None:
-        """Prints one line per kind, per step."""
-        total = sum(self.all.values())
+    def show(self, step: str, times: list[float], floor: float) -> None:
+        """Prints one line per kind of call, per step, and adds a row to the table. Times are in seconds."""
+        steps, total = len(times), sum(self.all.values())
+        shares = dict.fromkeys(KINDS, 0.0)
+        for name, seconds in self.all.items():
+            kind = "logits" if name.endswith(" logits") else "products" if name.startswith("linear") else name
+            shares[kind if kind in KINDS else "others"] += seconds / sum(times)
+        shown = [f"{share:.0%}" for share in (*shares.values(), 1 - sum(shares.values()))]
+        seconds = statistics.median(times)
+        self.table.append(f"| {' | '.join([step, f'{seconds * 1e3:.1f}', f'{seconds / floor:.2f}', *shown])} |")
         for name, seconds in sorted(self.all.items(), key=lambda item: -item[1]):
             waits = " ".join(f"{1 - own / seconds:5.1%}" for own in self.own[name])
             late = max(self.begins[name]) / self.calls[name] * 1e6
@@ -318,6 +350,7 @@ def _name(node: library.Node) -> str:
                 ("norm", struct.norm_weight),
                 ("gated", struct.epilogue == library.EPILOGUE_GATED),
                 ("add", struct.epilogue == library.EPILOGUE_RESIDUAL),
+                ("logits", struct.epilogue == library.EPILOGUE_LOGITS),
             )
             if there
         ]
@@ -341,12 +374,14 @@ def main() -> None:
         help="dtype of weights and activations (default: the model's)",
     )
     add("--quantization", help="as of octavo serve, such as int8")
+    add("--quantized-activations", default="auto", help="as of octavo serve: auto, float or int8")
     add("--kv-cache-dtype", default="auto", help="as of octavo serve: auto, int8, fp8 or fp8_e5m2")
     add("--decode", type=int, nargs="*", default=[1, 4, 8, 16, 32, 64], help="requests that get one token each")
     add("--prefill", type=int, nargs="*", default=[], help="tokens of one prompt")
     add("--context", type=int, default=256, help="tokens before the first decode step")
     add("--steps", type=int, default=60, help="decode steps per measurement")
     add("--explain", action="store_true", help="also print what each kind of kernel call takes; slower a little")
+    add("--neighbours", type=int, default=0, metavar="N", help="decode again beside busy loops on so many cores")
     options = parser.parse_args()
     with folder_of(options.model) as options.model:
         measure(options)
@@ -360,7 +395,8 @@ def measure(options: argparse.Namespace) -> None:
     explanation = Explanation(kernels, kernels.run, torch.get_num_threads()) if options.explain else None
     clock = Clock.of(kernels, explanation or kernels.run)
     threads = torch.get_num_threads()
-    longest = max([options.context + options.steps + 1, *options.prefill])
+    turns = 3 if options.neighbours else 1
+    longest = max([options.context + turns * options.steps + 1, *options.prefill])
     max_tokens = max([2048, *options.prefill])
     steps = Steps(
         options.model,
@@ -370,6 +406,7 @@ def measure(options: argparse.Namespace) -> None:
         longest,
         options.load_format,
         quantization=options.quantization,
+        quantized_activations=options.quantized_activations,
         kv_cache_dtype=options.kv_cache_dtype,
     )
     buffer = memory.map_zeros(BANDWIDTH_BYTES).fill_(1)
@@ -391,7 +428,7 @@ def measure(options: argparse.Namespace) -> None:
             flush=True,
         )
         if explanation is not None:
-            explanation.show(len(times))
+            explanation.show(name, times, floor)
 
     def restart_clocks() -> None:
         clock.seconds = 0.0
@@ -413,6 +450,13 @@ def measure(options: argparse.Namespace) -> None:
             steps.bytes_of(requests) + kv,
             steps.operations(requests, requests),
         )
+        if options.neighbours:
+            with neighbours(options.neighbours):
+                beside = [steps.run(list(range(requests)), [1] * requests) for _ in range(options.steps)]
+            after = [steps.run(list(range(requests)), [1] * requests) for _ in range(options.steps)]
+            alone = statistics.median(times + after)
+            slower = statistics.fmean(beside) / alone
+            print(f"    beside {options.neighbours} busy loops {statistics.fmean(beside) * 1e3:.2f} ms, {slower:.2f}x")
     for length in options.prefill:
         times = []
         before = bandwidth()
@@ -423,6 +467,9 @@ def measure(options: argparse.Namespace) -> None:
             times.append(steps.run([0], [length], new_reqs=(new,), finished_slots=free))
         read = (before + bandwidth()) / 2
         show(f"prefill {length}", times, clock.seconds, read, steps.bytes_of(length), steps.operations(length, 1))
+    if explanation is not None:
+        print(f"\n| step | ms | x floor | {' | '.join(KINDS)} | Python, sampling |\n|---{'|---' * (len(KINDS) + 3)}|")
+        print("\n".join(explanation.table))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ FORMATS = {
 }
 """How weights are stored, and the type of their numbers."""
 OLD_FORMATS = {("naive-quantized", "int"): "int-quantized", ("naive-quantized", "float"): "float-quantized"}
+ORDERS = (None, False, "weight", "static", "group", "dynamic", True)
+"""Values of ``actorder``; the last three store the group of each column."""
 
 
 class Activations(Struct, frozen=True, kw_only=True):
@@ -51,9 +53,18 @@ class Scheme(Struct, frozen=True, kw_only=True):
     has_int8_inputs: bool = False
     """Whether inputs are rounded to 8 bits, each row of them with a scale of its own."""
 
+    @property
+    def has_order(self) -> bool:
+        """Whether columns belong to groups in an order of their own, which the checkpoint stores."""
+        return self.actorder in ("group", "dynamic", True)
+
     def check(self) -> None:
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, not {self.group_size}")
+        if self.actorder not in ORDERS:
+            raise ValueError(f"actorder must be group or weight, or null, not {str(self.actorder)[:100]!r}")
+        if self.has_order and self.strategy != "group":
+            raise ValueError(f"actorder {self.actorder!r} needs the strategy group, not {self.strategy!r}")
         if FORMATS[self.format] != self.type:
             raise ValueError(f"weights of type {self.type!r} do not have the format {self.format!r}")
         if self.type == "int":
@@ -99,11 +110,14 @@ class CompressedFields(Struct, frozen=True, kw_only=True):
     ignore: list[str] | None = None
     format: str | None = None
     transform_config: Any = None
+    sparsity_config: dict[str, Any] | None = None
     kv_cache_scheme: dict[str, Any] | None = None
 
     def check(self) -> None:
         if self.transform_config:
             raise ValueError("transform_config is not supported yet; serve a model without transforms")
+        if (self.sparsity_config or {}).get("format", "dense") != "dense":
+            raise ValueError("sparsity_config is not supported yet; save the model with the format dense")
         for group in self.config_groups.values():
             if group.weights is not None:
                 self._scheme(group, group.weights).check()

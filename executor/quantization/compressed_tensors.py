@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from executor.layers.parameter import Part, WeightParameter
+from executor.layers.parameter import MISFIT, Part, Parts, ShardId, WeightParameter
 from executor.quantization.base import LinearShape, Options
 from executor.quantization.codes import Groups
 from executor.quantization.compressed_fields import CompressedFields, Scheme
@@ -69,12 +69,71 @@ class CompressedTensors(SourceMethod):
         return partial(IntegerSource, scheme)
 
 
+class PackedCodes(WeightParameter):
+    """Streams of bits along one dimension, in int32 words.
+
+    Releases up to 0.17 left the rest of a word unused where codes of 3 bits do not fill it.
+    """
+
+    bits: int
+    counts: Mapping[ShardId, int]
+    """Codes of a stream."""
+    along: int
+    """The dimension of a stream."""
+
+    @classmethod
+    def of(
+        cls, parts: Parts, bits: int, counts: Mapping[ShardId, int], along: int, device: torch.device
+    ) -> PackedCodes:
+        """Uninitialised."""
+        parameter = cls.empty(parts, dtype=torch.int32, device=device)
+        parameter.bits, parameter.counts, parameter.along = bits, counts, along
+        return parameter
+
+    def load(self, tensor: Tensor, shard_id: ShardId = None) -> None:
+        count = self.counts[shard_id]
+        if self.bits == 3 and tensor.dim() == 2 and tensor.shape[self.along] == -(-count // (32 // self.bits)):
+            rows = tensor if self.along == 1 else tensor.t().contiguous()
+            rows = filled_words(rows, count)
+            tensor = rows if self.along == 1 else rows.t()
+        super().load(tensor, shard_id)
+
+
+class ShapeParameter(WeightParameter):
+    """The rows and columns of a weight."""
+
+    sizes: Mapping[ShardId, list[int]]
+    """Those that the model has."""
+
+    def load(self, tensor: Tensor, shard_id: ShardId = None) -> None:
+        super().load(tensor, shard_id)
+        if tensor.tolist() != self.sizes[shard_id]:
+            raise ValueError(f"is {tensor.tolist()}, the model needs {self.sizes[shard_id]}{MISFIT}")
+
+
+def filled_words(words: Tensor, count: int) -> Tensor:
+    """Codes of 3 bits, ten in a word, as streams of bits.
+
+    Args:
+        words: int32 [rows, words].
+        count: Codes of a row.
+
+    Returns:
+        int32 [rows, words], the last one filled up with zeros.
+    """
+    codes = torch.stack([words >> 3 * index & 7 for index in range(10)], dim=-1).flatten(1)[:, :count]
+    codes = nn.functional.pad(codes, (0, -count % 32)).unflatten(1, (-1, 8))  # 8 codes are 3 bytes
+    eights = sum((codes[..., index] << 3 * index for index in range(1, 8)), codes[..., 0])
+    data = torch.stack([(eights >> shift & 255).to(torch.uint8) for shift in (0, 8, 16)], dim=-1)
+    return data.flatten(1).view(torch.int32)[:, : -(-count * 3 // 32)]
+
+
 class IntegerSource(Source):
     """Codes and zero points count from the middle of their range, which is added where they are packed."""
 
     weight_scale: nn.Parameter
     """[out_features, groups]."""
-    weight_zero_point: WeightParameter | None
+    weight_zero_point: PackedCodes | None
     """int32 [out_features * bits / 32, groups]: a stream of bits for each column."""
     weight_g_idx: GroupIndex | None
     """The group of each input, int32 [in_features]."""
@@ -86,25 +145,38 @@ class IntegerSource(Source):
         columns = shape.input
         self.num_columns = columns.size
         size = scheme.group_size or columns.full
-        has_order = scheme.actorder == "group"
+        has_order = scheme.has_order
         # With an order of its own, a share of the inputs may have any groups.
         groups = (
             Part.whole(-(-columns.full // size)) if has_order or size == columns.full else columns.in_units_of(size)
         )
         per_word = Fraction(32, self.bits)
 
-        def parameter(dtype: torch.dtype, columns: Part, unit: Fraction = Fraction(1)) -> WeightParameter:
-            parts = {shard_id: (rows.in_units_of(unit), columns) for shard_id, rows in shape.outputs.items()}
-            return WeightParameter.empty(parts, dtype=dtype, device=shape.device)
-
         if scheme.format == "pack-quantized":
-            self.weight_packed = parameter(torch.int32, columns.in_units_of(per_word))
+            packed = columns.in_units_of(per_word)
+            self.weight_packed = PackedCodes.of(
+                {shard_id: (rows, packed) for shard_id, rows in shape.outputs.items()},
+                self.bits,
+                dict.fromkeys(shape.outputs, columns.full),
+                1,
+                shape.device,
+            )
             two = {shard_id: (Part.whole(2),) for shard_id in shape.outputs}
-            self.weight_shape = WeightParameter.empty(two, dtype=torch.int64, device=shape.device)
+            self.weight_shape = ShapeParameter.empty(two, dtype=torch.int64, device=shape.device)
+            self.weight_shape.sizes = {i: [rows.full, columns.full] for i, rows in shape.outputs.items()}
         else:
-            self.weight = parameter(torch.int8, columns)
+            weight = {shard_id: (rows, columns) for shard_id, rows in shape.outputs.items()}
+            self.weight = WeightParameter.empty(weight, dtype=torch.int8, device=shape.device)
         self.weight_scale = ScaleParameter.of(shape, groups, 1)
-        self.weight_zero_point = None if scheme.symmetric else parameter(torch.int32, groups, per_word)
+        self.weight_zero_point = None
+        if not scheme.symmetric:
+            self.weight_zero_point = PackedCodes.of(
+                {shard_id: (rows.in_units_of(per_word), groups) for shard_id, rows in shape.outputs.items()},
+                self.bits,
+                {shard_id: rows.full for shard_id, rows in shape.outputs.items()},
+                0,
+                shape.device,
+            )
         own = dict.fromkeys(shape.outputs, (columns,))
         self.weight_g_idx = GroupIndex.of(own, size, groups, shape.device) if has_order else None
 

@@ -36,7 +36,7 @@ class GPTQFields(Struct, frozen=True, kw_only=True):
 
     def check(self) -> None:
         if self.bits not in (2, 3, 4, 8):
-            raise ValueError(f"bits must be 2, 3, 4 or 8, not {self.bits}")
+            raise ValueError(f"bits must be 2, 3, 4 or 8, not {self.bits!r}")
         is_listed("", self.modules_to_not_convert or [])
         if self.group_size != -1 and self.group_size < 1:
             raise ValueError(f"group_size must be -1 or at least 1, not {self.group_size}")

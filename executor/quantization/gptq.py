@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from executor.layers.parameter import Part, Parts, Range, ShardId, WeightParameter
+from executor.layers.parameter import MISFIT, Part, Parts, Range, ShardId, WeightParameter
 from executor.quantization.base import EmbeddingMethod, LinearShape, Options
 from executor.quantization.codes import Groups
 from executor.quantization.fields import GPTQFields, read
@@ -54,7 +54,7 @@ class GroupIndex(WeightParameter):
     def load(self, tensor: Tensor, shard_id: ShardId = None) -> None:
         super().load(tensor, shard_id)
         if self.data.min() < self.held.start or self.data.max() >= self.held.start + self.held.size:
-            raise ValueError(f"names groups beyond the {self.held.size} that there are")
+            raise ValueError(f"names groups beyond the {self.held.size} that there are{MISFIT}")
 
 
 class GPTQSource(Source):

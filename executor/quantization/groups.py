@@ -85,6 +85,8 @@ class GroupWeights(PackedWeights):
     def pack(self) -> None:
         """Runs before the sources' own ``pack``, which frees their tensors."""
         sources = [source.unpack() for source in self.children() if isinstance(source, Source)]
+        if not all(isinstance(each, Tensor) or _is_finite(each.scales) for each in sources):
+            raise ValueError("scales of a quantised weight are not finite; download the model again")
         codes = [] if self.dequantizes else with_kernels(sources)
         order = common_order(codes)
         if order is None:
@@ -107,6 +109,11 @@ class GroupWeights(PackedWeights):
         runs = [list(run) for _, run in groupby(codes, key=lambda each: each.kind)]
         paired = self.paired and len(runs) == 1
         self.packed = ops.join_rows([pack(run, self.order, self.dtype, activations, paired) for run in runs])
+
+
+def _is_finite(scales: Tensor) -> bool:
+    small = scales.float() if scales.dtype.itemsize == 1 else scales  # torch cannot tell for all types of 8 bits
+    return bool(small.isfinite().all())
 
 
 class GroupLinear(PackedLinear[GroupWeights]):

@@ -327,7 +327,7 @@ def compressed_module(weight: Tensor, config: Mapping[str, Any], order: Tensor) 
     scheme = config["config_groups"]["group_0"]["weights"]
     bits, size = scheme["num_bits"], scheme.get("group_size") or weight.shape[1]
     columns = torch.arange(weight.shape[1])
-    has_order = scheme.get("actorder") == "group"
+    has_order = scheme.get("actorder") in ("group", "dynamic")
     group_of = columns[order.argsort()] // size if has_order else columns // size
     codes, zeros, scales = quantized(weight, bits, group_of, symmetric=scheme["symmetric"])
     numbers = meaning(codes, zeros, scales, group_of)
@@ -342,12 +342,37 @@ def compressed_module(weight: Tensor, config: Mapping[str, Any], order: Tensor) 
     return tensors, numbers
 
 
+def compressed_module_of_old_releases(
+    weight: Tensor, config: Mapping[str, Any], order: Tensor
+) -> tuple[Tensors, Tensor]:
+    """Codes of 3 bits, ten to a word of which two bits are unused."""
+
+    def ten_to_a_word(words: Tensor, count: int) -> Tensor:
+        result = torch.zeros(-(-count // 10), words.shape[1], dtype=torch.int64)
+        for index in range(count):
+            bits = [words[(3 * index + bit) // 32].long() >> (3 * index + bit) % 32 & 1 for bit in range(3)]
+            result[index // 10] |= bits[0] + 2 * bits[1] + 4 * bits[2] << 3 * (index % 10)
+        return result.int()
+
+    tensors, numbers = compressed_module(weight, config, order)
+    tensors["weight_packed"] = ten_to_a_word(tensors["weight_packed"].t(), weight.shape[1]).t()
+    tensors["weight_zero_point"] = ten_to_a_word(tensors["weight_zero_point"], weight.shape[0])
+    return tensors, numbers
+
+
+def test_compressed_tensors_of_old_releases(tmp_path: Path) -> None:
+    config = compressed("pack-quantized", num_bits=3, strategy="group", group_size=32, symmetric=False)
+    folder, plain = written(tmp_path, compressed_module_of_old_releases, config, lambda name: "layers.1.mlp" in name)
+    tokens = random_tokens(9)
+    assert torch.equal(logits_of(load(folder, quantization="none"), tokens), logits_of(load(plain), tokens))
+
+
 @pytest.mark.parametrize(
     "config",
     [
         compressed("pack-quantized", strategy="group", group_size=32, symmetric=True),
         compressed("pack-quantized", strategy="group", group_size=64, symmetric=False),
-        compressed("pack-quantized", strategy="group", group_size=32, symmetric=False, actorder="group"),
+        compressed("pack-quantized", strategy="group", group_size=32, symmetric=False, actorder="dynamic"),
         compressed("pack-quantized", num_bits=8, strategy="channel", symmetric=True),
         compressed("pack-quantized", num_bits=3, strategy="group", group_size=32, symmetric=True),
         compressed("int-quantized", num_bits=8, strategy="channel", symmetric=True),
@@ -411,6 +436,21 @@ def test_modules_that_are_not_quantised(tmp_path: Path) -> None:
         (None, compressed("pack-quantized", num_bits=5), "num_bits must be 2, 3, 4 or 8, not 5"),
         (None, compressed("int-quantized", symmetric=False), "weights of the format int-quantized must be symmetric"),
         (None, compressed("pack-quantized", strategy="block"), "the strategy 'block' of weights must be tensor or"),
+        (
+            None,
+            compressed("pack-quantized", strategy="channel", actorder="group"),
+            "actorder 'group' needs the strategy group, not 'channel'",
+        ),
+        (
+            None,
+            compressed("pack-quantized", strategy="group", group_size=32, actorder="column"),
+            "actorder must be group or weight, or null, not 'column'",
+        ),
+        (
+            None,
+            compressed("int-quantized", num_bits=8) | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+            "sparsity_config is not supported yet; save the model with the format dense",
+        ),
         (None, gptq(bits=5), "bits must be 2, 3, 4 or 8, not 5"),
         (None, gptq(group_size=0), "group_size must be -1 or at least 1, not 0"),
         (None, gptq(group_size="all"), "group_size"),
@@ -438,6 +478,24 @@ def test_names_that_vllm_has_for_kernels(tmp_path: Path) -> None:
     fields = json.loads((folder / "config.json").read_text())
     with pytest.raises(ModelError, match="--quantization is gguf, but the model is no GGUF file"):
         check_supported(fields, "gguf")
+
+
+def test_a_shape_that_contradicts_the_model(tmp_path: Path) -> None:
+    config = compressed("pack-quantized", strategy="channel", symmetric=True)
+    folder, _ = written(tmp_path, compressed_module, config, lambda name: "layers.1.mlp" in name)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight_shape"][0] += 32
+    save_file(tensors, folder / "model.safetensors")
+    assert "q_proj.weight_shape' is [160, 128], the model needs [128, 128]; weights and" in refusal(folder)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_scales_that_are_no_numbers(tmp_path: Path, value: float) -> None:
+    folder, _ = written(tmp_path, gptq_module, gptq())
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.scales"][0, 3] = value
+    save_file(tensors, folder / "model.safetensors")
+    assert "scales of a quantised weight are not finite; download the model again" in refusal(folder)
 
 
 def test_groups_beyond_the_last(tmp_path: Path) -> None:
