@@ -484,10 +484,8 @@ class EngineCore:
         assert scheduler is not None
         step = self.in_flight.popleft()
         assert step.step_id == result.step_id, f"expected the result of step {step.step_id}, got {result.step_id}"
-        self._watch.step_done(step)
         if not self._watch.all_answered(step.step_id):
             self._lagging.append(step)
-        self._restarts.progress()
         outputs = scheduler.update_from_output(step, result)
         ended: list[EngineCoreOutput] = []
         try:
@@ -497,6 +495,8 @@ class EngineCore:
                 self.transport.send(piece)
         if ended:
             self._send_outputs(*ended)
+        self._watch.step_done(step)  # after the outputs, for which somebody waits
+        self._restarts.progress()
         self._note_idle()
         self._may_schedule = True
         if self.config.executor.check_every_step:

@@ -60,6 +60,8 @@ MAX_DESCRIBED_TOKENS = 1 << 16
 no more start, so that running requests wait for about 10 ms at most."""
 REQUEST_COST = 512
 """What starting a request costs besides its tokens, in tokens."""
+NO_SLOTS: I32 = np.empty(0, np.int32)
+NO_COUNTS: I64 = np.empty(0, np.int64)
 
 
 class Scheduler:
@@ -158,17 +160,17 @@ class Scheduler:
         table = self.table
         if not self.waiting and not len(table.running):
             return None
-        self._free_unseen()
         self.images.begin(self.num_running)
-        slots, counts = self._wanted_by_running()
-        num_steps = self._choose_num_steps(slots)
-        slots, counts, updates, preempted = self._give_blocks(slots, counts * num_steps)
-        self._advance(slots, counts)
+        slots, counts, num_steps, updates, preempted = self._plan_running()
         num_running = len(slots)
         new_reqs: list[NewRequest] = []
         if self.waiting and self.admits and not preempted:
             new_slots, new_counts = self._admit(self.config.step_tokens - int(counts.sum()), new_reqs)
-            slots, counts = np.concatenate((slots, new_slots)), np.concatenate((counts, new_counts))
+            slots, counts = (
+                (np.concatenate((slots, new_slots)), np.concatenate((counts, new_counts)))
+                if num_running
+                else (new_slots, new_counts)
+            )
         if not len(slots):
             return None
         if new_reqs:
@@ -212,6 +214,24 @@ class Scheduler:
             num_steps=num_steps,
         )
         return plan, step
+
+    def _plan_running(self) -> tuple[I32, I64, int, list[list[int]], bool]:
+        """Plans what running requests compute.
+
+        Returns:
+            Their slots; how many tokens each; in how many steps; block updates; whether a request was preempted.
+        """
+        step_id = self._step_id
+        self.kv.begin_step(step_id + 1, step_id - self.config.max_in_flight_steps)
+        if not len(self.table.running) and self.lanes.num_stages == 1:  # a request that is alone starts at once
+            return NO_SLOTS, NO_COUNTS, 1, [], False
+        self._free_unseen()
+        slots, counts = self._wanted_by_running()
+        num_steps = self._choose_num_steps(slots)
+        slots, counts, updates, preempted = self._give_blocks(slots, counts * num_steps)
+        self.table.num_scheduled[slots] += counts
+        self.pool.publish_ready()  # the blocks that these tokens fill
+        return slots, counts, num_steps, updates, preempted
 
     def leaves_nothing(self, step: InFlight) -> bool:
         """Whether there is nothing to plan after the last plan until there are results: it has the last tokens of
@@ -296,6 +316,8 @@ class Scheduler:
             Whether some rows may, or have plans in flight that may.
         """
         table = self.table
+        if not self.max_draft_tokens:
+            return False
         is_expected = self._expects_drafts(slots)
         if not is_expected and not table.num_open_drafts[slots].any():
             return False
@@ -410,7 +432,7 @@ class Scheduler:
         table, transfers = self.table, self.pool.transfers
         slots: list[int] = []
         counts: list[int] = []
-        if table.free_slots:
+        if table.free_slots and len(table.running):
             table.charge_long_outputs()
         num_described = 0
         while budget > 0 and self.waiting and (table.free_slots or self.suspects.is_isolating):
@@ -518,12 +540,6 @@ class Scheduler:
             draft_pool=draft_pool(request.message.tenant, request.message.cache_salt) if self.max_draft_tokens else 0,
         )
 
-    def _advance(self, slots: I32, counts: I64) -> None:
-        """Counts tokens of the step being planned as computed and caches the blocks that they fill."""
-        self.kv.begin_step(self._step_id + 1, self._step_id - self.config.max_in_flight_steps)
-        self.table.num_scheduled[slots] += counts
-        self.pool.publish_ready()
-
     # -- results -------------------------------------------------------------------------------------------
 
     def update_from_output(self, step: InFlight, result: ModelRunnerOutput) -> EngineCoreOutputs:
@@ -534,19 +550,13 @@ class Scheduler:
         table = self.table
         current = table.epochs[step.slots] == step.epochs
         self.steps_per_plan.note(step, result.forward_ms)
+        if not result.sampled_token_ids and not result.row_errors and not step.sampled.any():
+            return self._only_prompts(step, result, current)
         new = StepTokens(step, result, current)
         ends = table.confirm(step, new.counts, current)
         if self.suspects:
             self.suspects.computed(step.slots, ends, current)
         outputs = self._take_prompts(step, result, current)
-        if not len(new.rows) and not result.row_errors:  # parts of prompts, and prompts that are pooled
-            self.pool.publish_ready()
-            return EngineCoreOutputs(
-                engine_epoch=self.engine_epoch,
-                outputs=tuple(outputs),
-                scheduler_stats=self.stats(step, result),
-                timestamp=time.monotonic(),
-            )
         if result.num_verified:
             self.drafts.add(result.num_verified, result.num_accepted)
         self._allowance.note(step, result)
@@ -578,6 +588,21 @@ class Scheduler:
             num_tokens=num_tokens,
             num_draft_tokens=num_drafts,
             num_accepted_tokens=num_accepted,
+            outputs=tuple(outputs),
+            scheduler_stats=self.stats(step, result),
+            timestamp=time.monotonic(),
+        )
+
+    def _only_prompts(self, step: InFlight, result: ModelRunnerOutput, current: Bools) -> EngineCoreOutputs:
+        """The outputs of a step that computed parts of prompts, and prompts that are pooled."""
+        ends = step.ends if step.allowances is None else self.table.confirm(step, NO_COUNTS, current)
+        if self.suspects:
+            self.suspects.computed(step.slots, ends, current)
+        outputs = self._take_prompts(step, result, current)
+        if len(self.table.running):
+            self.pool.publish_ready()
+        return EngineCoreOutputs(
+            engine_epoch=self.engine_epoch,
             outputs=tuple(outputs),
             scheduler_stats=self.stats(step, result),
             timestamp=time.monotonic(),

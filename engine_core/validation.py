@@ -121,8 +121,9 @@ def _pooling_problem(
         return "pooling is not supported by this executor"
     if not is_pooling_type(params.pooling_type):
         return f"pooling_type is not one of {', '.join(POOLING_TYPES)}"
-    if params.dimensions is not None and not 1 <= params.dimensions <= hidden_size:
-        return f"dimensions is not between 1 and {hidden_size}"
+    size = (pooling.token_size if params.pooling_type == "ALL" else 0) or hidden_size
+    if params.dimensions is not None and not 1 <= params.dimensions <= size:
+        return f"dimensions is not between 1 and {size}"
     if params.classifies and not pooling.head_pooling:
         return "the model has no classifier"
     if not 0 <= params.num_skipped < num_tokens or not 0 <= params.second_segment < num_tokens:

@@ -26,6 +26,8 @@ from ops import AttentionMetadata
 from ops.dispatch import KeptInputs
 
 U8 = npt.NDArray[np.uint8]
+MAX_LONE = 64
+"""Inputs of prompts computed alone that are kept."""
 Change = Callable[[InputBatch], InputBatch]
 
 
@@ -142,15 +144,13 @@ class UploadedForward:
         """Inputs of steps with one row, by the number of its tokens."""
         self._kept: KeptInputs | None = None
         """Those of the step that was prepared last, if its tensors stay."""
-        are_cached = all(group.is_cached for group in setup.groups)
-        self._is_simple = (
-            self._shares_memory and are_cached and not self._has_drafts_of_states and not setup.model.num_token_types
-        )
-        """Whether a row without an adapter needs nothing but tokens, positions and blocks."""
         computes_whole = bool(setup.groups) and not any(group.is_cached for group in setup.groups)
         self._numbers: I64 | None = np.arange(setup.max_tokens) if computes_whole and self._shares_memory else None
         """int64 [tokens]: 0, 1, ..., if a step's prompts are whole."""
         self._positions: I32 = np.arange(0 if self._numbers is None else setup.max_tokens, dtype=np.int32)
+        self._lone: dict[tuple[int, int], tuple[InputBatch, KeptInputs]] = {}
+        """By slot and number of tokens: the inputs of a step that computes one prompt. They are read where the host
+        keeps them, so the next prompt of this size has the same."""
 
     @classmethod
     def memory(cls, setup: ForwardSetup) -> tuple[int, int]:
@@ -172,7 +172,7 @@ class UploadedForward:
         self._decode = self._kept = None
         if len(slots) == 1 and not self._states.adapters[slots[0]]:
             if self._numbers is not None:
-                return self._batch(self._alone(int(slots[0]), int(counts[0]), self._numbers), counts)
+                return self._prepare_alone(int(slots[0]), counts, self._numbers)
             if follows is not None and self._may_keep and counts[0] == num_sampled[0] and not self._states.axes:
                 return self._one_row(slots, int(counts[0]))
         columns = self._columns(slots, counts, num_sampled)
@@ -181,12 +181,27 @@ class UploadedForward:
             self._go_on(DecodeSteps(batch, columns, slots, self._states, self._groups))
         return batch
 
+    def _prepare_alone(self, slot: int, counts: I32, numbers: I64) -> InputBatch:
+        """The inputs of a step that computes one prompt: somebody waits for it."""
+        count, states = int(counts[0]), self._states
+        if states.second_segments[slot] < count or states.num_attended[slot] < count:
+            return self._batch(self._alone(slot, count, numbers), counts)
+        kept = self._lone.get((slot, count))
+        if kept is None:
+            if len(self._lone) >= MAX_LONE:
+                self._lone.clear()
+            batch = self._batch(self._alone(slot, count, numbers), counts)
+            kept = self._lone[slot, count] = batch, KeptInputs(batch.step_inputs())
+        batch, self._kept = kept
+        batch.spans = batch.deepstack = None
+        return batch
+
     def _go_on(self, decode: DecodeSteps) -> None:
         """The next step may go on from the inputs of this one."""
         self._decode, self._kept = decode, decode.inputs
 
     def _alone(self, slot: int, count: int, numbers: I64) -> dict[str, Array]:
-        """The columns of a step that computes one prompt, made of what is there already: somebody waits for it."""
+        """The columns of such a step, made of what is there already."""
         states, positions = self._states, self._positions[:count]
         columns: dict[str, Array] = {
             "input_ids": states.token_ids[slot, :count],

@@ -91,6 +91,13 @@ class LoadedModel:
         return (self.model.hidden_size or self.hf_config.hidden_size) * self.num_pooled
 
     @property
+    def token_size(self) -> int:
+        """Size of the vectors of tokens."""
+        if self.token_dense:
+            return self.token_dense[-1].out_features
+        return self.model.hidden_size or self.hf_config.hidden_size
+
+    @property
     def pooling_head(self) -> PoolingHead | TokenWeights | None:
         """What classifies pooled states."""
         return self.token_weights or self.model.pooling_head
@@ -106,6 +113,7 @@ class LoadedModel:
             head_pooling="" if head is None else head.pooling_type,
             labels=tuple(labels),
             needs_whole_prompts=any(not layer.shape.is_cached for layer in layers),
+            token_size=self.token_size,
         )
 
 

@@ -384,6 +384,8 @@ class PoolingSupport(Message, frozen=True):
     """Names of the classifier's outputs."""
     needs_whole_prompts: bool = False
     """A step computes whole prompts, as tokens attend to those after them."""
+    token_size: int = 0
+    """Size of the vectors of tokens; 0: that of pooled ones."""
 
 
 STATES_LAYOUT = "states"

@@ -181,7 +181,7 @@ class ModelRunner:
         self.program: Program | None = None
         self.channel = self.stage.channel(device.steps())
         self.states = RequestStates(0, 0, [])
-        self._rows = RowsOfPlans()
+        self._rows = RowsOfPlans(computes_whole=bool(groups) and not self.block_sizes)
         self.sampler = Sampler(0)
         self.pooler = Pooler(0)
         self.speculative = speculative

@@ -186,11 +186,9 @@ class LocalWorkers:
     def _drain(self) -> list[bytes]:
         frames: list[bytes] = []
         assert self._output is not None
-        while True:
-            try:
-                frames.append(self._output.recv(zmq.NOBLOCK))
-            except zmq.Again:
-                return frames
+        while int(self._output.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            frames.append(self._output.recv(zmq.NOBLOCK))
+        return frames
 
     def poll_fds(self) -> list[zmq.Socket[bytes] | int]:
         """What becomes readable when ``take`` has messages."""

@@ -317,6 +317,7 @@ class Pooler:
         if not self._num_active:
             return NOTHING_POOLED
         active = np.flatnonzero(self._is_active[slots]).tolist()
+        is_wide = hidden.dtype.itemsize == 4
         ends = np.cumsum(counts)
         taken: list[_Taken] = []
         tensors: list[torch.Tensor] = []
@@ -327,7 +328,9 @@ class Pooler:
             first = int(states.num_computed[slot])
             is_last = first + count == int(states.num_prompt[slot])
             wanted = pooling.wanted(first, count, is_last=is_last)
-            tensors.append(hidden[end - count : end][wanted].float())
+            begin, end = end - count + wanted.start, end - count + wanted.stop
+            rows = hidden if begin == 0 and end == len(hidden) else hidden[begin:end]
+            tensors.append(rows if is_wide else rows.float())
             taken.append(_Taken(row, params, pooling, is_last))
             if is_last:
                 self._poolings[slot] = None

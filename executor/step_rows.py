@@ -16,6 +16,7 @@ from executor.sampling.base import SampleRows
 from executor.speculative.speculation import own_tokens, step_rows
 
 U8 = npt.NDArray[np.uint8]
+NO_NUMBERS: I64 = np.empty(0, np.int64)
 
 
 @dataclass(eq=False)
@@ -51,6 +52,8 @@ class StepRows:
 
     def samples(self) -> SampleRows:
         """The rows of the step's logits."""
+        if not len(self.sampled_slots):
+            return SampleRows(self.sampled_slots, NO_NUMBERS, self.sampled_rows)
         first = self.num_tokens_before if self.samples_once else _ranges(self.num_tokens_before, self.num_sampled)
         return SampleRows(self.sampled_slots, first, self.sampled_rows)
 
@@ -73,10 +76,18 @@ def _ranges(firsts: I64, counts: U8) -> I64:
     return numbers
 
 
+def _is_same(plan: SchedulerOutput, other: SchedulerOutput) -> bool:
+    """Whether two plans have the same slots, with as many tokens."""
+    same = plan.slots == other.slots and plan.num_scheduled_tokens == other.num_scheduled_tokens
+    return same and plan.num_sampled == other.num_sampled
+
+
 class RowsOfPlans:
     """Makes the rows of a plan, or finds those of the last one."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, computes_whole: bool = False) -> None:
+        """``computes_whole``: Whether each row is a whole prompt, and so begins at its first token."""
+        self._computes_whole = computes_whole
         self._plan: SchedulerOutput | None = None
         self._rows: StepRows | None = None
 
@@ -93,6 +104,8 @@ class RowsOfPlans:
     def of(self, plan: SchedulerOutput, states: RequestStates) -> StepRows:
         """The rows of a plan, each with as many of its drafts as the plan allows."""
         last, rows = self._plan, self._rows
+        if last is not None and rows is not None and self._computes_whole and _is_same(plan, last):
+            return rows
         if last is not None and rows is not None and self._goes_on(rows, last, plan, states):
             rows.follow()
             self._plan = plan

@@ -427,9 +427,7 @@ class EngineClient:
     @property
     def is_saturated(self) -> bool:
         """Whether the engine last reported waiting requests."""
-        stats = self._metrics.scheduler_stats
-        # Requests whose grammar is being compiled do not delay others.
-        return stats.num_waiting_reqs > stats.num_deferred_reqs
+        return self._metrics.is_saturated
 
     def abort(self, states: Iterable[RequestState]) -> None:
         """Aborts requests, large numbers over several iterations of the event loop; finished ones are ignored."""

@@ -18,13 +18,13 @@ from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
-    Histogram,
     ProcessCollector,
     generate_latest,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from api.engine.histograms import Histogram, Histograms
 from api.engine.request_state import RequestState
 from engine_core.messages import EngineReady, SchedulerStats
 
@@ -245,7 +245,7 @@ class _Shared:
         self.steps = _AllSteps()
         self.engines: dict[int, EngineMetrics] = {}
         self.counters: dict[str, Counter] = {}
-        self.histograms: dict[str, Histogram] = {}
+        self.histograms: dict[str, Histograms] = {}
         self.cache_config: Gauge | None = None
         self.on_trace: Callable[[RequestState, FinishedRequest], None] | None = None
         self.registry.register(self.steps)
@@ -377,8 +377,8 @@ class EngineMetrics:
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
         families = self._shared.histograms
         if name not in families:
-            families[name] = Histogram(name, text, list(self._labels), registry=self.registry, buckets=tuple(buckets))
-        return families[name].labels(**self._labels)
+            families[name] = Histograms(name, text, list(self._labels), tuple(buckets), self.registry)
+        return families[name].labels(*self._labels.values())
 
     def on_ready(self, ready: EngineReady) -> None:
         config = {
@@ -527,6 +527,12 @@ class EngineMetrics:
     def scheduler_stats(self) -> SchedulerStats:
         """Statistics of the last step; counts are since the server started."""
         return self._steps.totals
+
+    @property
+    def is_saturated(self) -> bool:
+        """Whether requests waited at the last step, those aside that wait for grammars: they do not delay others."""
+        stats = self._steps.stats
+        return stats.num_waiting_reqs > stats.num_deferred_reqs
 
     @property
     def load(self) -> SchedulerStats:

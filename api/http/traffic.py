@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from api.engine.histograms import Histogram, Histograms
 from api.http.body_budget import BodyBudget
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -27,12 +28,12 @@ class Traffic:
         self._idle = asyncio.Event()
         self._idle.set()
         self._requests = Counter("http_requests", "HTTP requests.", ["handler", "method", "status"], registry=registry)
-        self._durations = Histogram(
+        self._durations = Histograms(
             "http_request_duration_seconds",
             "Time from a request's head to the end of its response.",
             ["handler", "method"],
-            registry=registry,
-            buckets=DURATION_BUCKETS,
+            DURATION_BUCKETS,
+            registry,
         )
         Gauge("http_requests_in_progress", "Open HTTP requests.", registry=registry).set_function(lambda: self.num_open)
 

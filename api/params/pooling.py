@@ -51,16 +51,17 @@ def resolve_pooling(
     Raises:
         RequestError: ``dimensions`` is out of range for the model.
     """
+    pooling_type = "ALL" if every_token else pooler.pooling_type or limits.pooling.pooling_type
+    size = (limits.pooling.token_size if pooling_type == "ALL" else 0) or limits.hidden_size
     dimensions = params.dimensions
-    if dimensions is not None and not 1 <= dimensions <= limits.hidden_size:
+    if dimensions is not None and not 1 <= dimensions <= size:
+        whose = "the model's vectors of tokens" if pooling_type == "ALL" else "the model's vectors"
         raise RequestError(
-            f"dimensions must be between 1 and the model's hidden size of {limits.hidden_size}, got {dimensions}",
-            "dimensions",
+            f"dimensions must be between 1 and {size}, the size of {whose}, got {dimensions}", "dimensions"
         )
     if pooler.pooling_type == "STEP" and not every_token:
         raise RequestError("the pooling type STEP is for tokens; use the task token_embed or token_classify", "task")
     wanted = pooler.use_activation if params.use_activation is None else params.use_activation
-    pooling_type = "ALL" if every_token else pooler.pooling_type or limits.pooling.pooling_type
     return ResolvedPoolingParams(pooling_type=pooling_type, normalize=wanted is not False, dimensions=dimensions)
 
 

@@ -99,8 +99,16 @@ class RequestScope:
             seconds = time.monotonic() - begin
             handler = self._handler_names.get(scope.get("endpoint"), NO_HANDLER)
             self._traffic.end(handler, scope["method"], status or CLIENT_GONE, seconds)
-            if self._log_requests:
-                logger.info("%s %s %d %.3fs %s", scope["method"], handler, status or CLIENT_GONE, seconds, request_id)
+            if self._log_requests:  # the loop writes the answer at the end of this turn, and this line in the next
+                asyncio.get_running_loop().call_soon(
+                    logger.info,
+                    "%s %s %d %.3fs %s",
+                    scope["method"],
+                    handler,
+                    status or CLIENT_GONE,
+                    seconds,
+                    request_id,
+                )
 
 
 def _request_id(scope: Scope) -> str:

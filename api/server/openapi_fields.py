@@ -122,8 +122,11 @@ FIELDS: Mapping[str, str] = {
     "task": "Embeddings: a task of the model, such as retrieval.query. Pooling: embed, classify or score; for each "
     "token: token_embed or token_classify.",
     "texts": "The texts.",
+    "images": "Images as data URIs, for models of texts and images.",
+    "inputs": "Texts and images, one vector each.",
+    "image_url": "An image, with its data URI as url.",
     "input_type": "Kind of the texts; search_query and search_document choose the model's prompt of that kind.",
-    "embedding_types": "Forms of the vectors: float, base64.",
+    "embedding_types": "Forms of the vectors: float, base64, binary, ubinary.",
     "output_dimension": "Length to truncate vectors to.",
     "truncate": "Side on which texts that are too long are cut; NONE: they are rejected.",
     # -- prompt --------------------------------------------------------------------------------------------------

@@ -91,6 +91,8 @@ class Sampler:
         self._thinking = ThinkingBudgets(max_num_seqs)
         self._reads_tokens = np.zeros(max_num_seqs, np.bool_)
         self._any_reads_tokens = False
+        self._nothing: Sampled | None = None
+        """What a step samples that has no rows to sample."""
 
     def add(self, slot: int, params: ResolvedParams) -> None:
         """Registers a request that enters a slot."""
@@ -120,8 +122,10 @@ class Sampler:
             mask: Tokens that a grammar allows.
         """
         if not len(rows):  # of a step that computes parts of prompts, or pools them
-            nothing = SamplerOutput(np.empty(0, np.int64))
-            return Sampled(logits.new_empty(0, dtype=torch.int64), Deferred.known(nothing))
+            if self._nothing is None:
+                nothing = SamplerOutput(np.empty(0, np.int64))
+                self._nothing = Sampled(logits.new_empty(0, dtype=torch.int64), Deferred.known(nothing))
+            return self._nothing
         if self._communicator.rank:
             return self._received(rows)
         raw = logits

@@ -45,6 +45,8 @@ def test_embeddings(server: Server, folder: Path) -> None:
         assert client.embeddings.create(model="encoder", input=TEXTS[1].upper()).data[0].embedding == alone
         short = client.embeddings.create(model="encoder", input=TEXTS[1], dimensions=100).data[0].embedding
         assert (len(alone), len(short)) == (128, 100), "two vectors behind each other"
+        with pytest.raises(openai.BadRequestError, match="between 1 and 128"):
+            client.embeddings.create(model="encoder", input=TEXTS[1], dimensions=129)
         with pytest.raises(openai.BadRequestError, match="128 tokens"):
             client.embeddings.create(model="encoder", input=[TEXTS[0], "x" * 5000])
         cut = {"truncate_prompt_tokens": -1}
@@ -52,6 +54,11 @@ def test_embeddings(server: Server, folder: Path) -> None:
         named = client.embeddings.create(model="encoder", input=TEXTS[0], extra_body={"prompt_name": "query"})
         written = client.embeddings.create(model="encoder", input=f"query: {TEXTS[0]}")
         assert named.data[0].embedding == written.data[0].embedding
+        for dimensions, status in ((64, 200), (65, 400)):  # vectors of tokens are not joined
+            fields = {"input": TEXTS[1], "task": "token_embed", "dimensions": dimensions}
+            answer = server.post("/pooling", {"model": "encoder", **fields})
+            assert answer.status_code == status, answer.text
+        assert "between 1 and 64, the size of the model's vectors of tokens" in answer.text
         with pytest.raises(openai.NotFoundError):
             client.completions.create(model="encoder", prompt="a", max_tokens=1)
     with LLM(str(folder)) as llm:

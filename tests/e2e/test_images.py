@@ -152,5 +152,8 @@ def test_vectors_of_texts_and_images(tmp_path: Path) -> None:
         vectors = [each["embedding"] for each in reply.json()["data"]]
         assert vectors[0] == vector["embedding"] and len(vectors[1]) == 24 and vectors[1] != vectors[2]
         assert embed(messages=conversation(image)).json()["data"][0]["embedding"] == vectors[1]
+        for fields in ({"images": [image["image_url"]["url"]]}, {"inputs": [{"content": [image]}]}):
+            reply = server.post("/v2/embed", {"model": "clip", **fields})
+            assert reply.json()["embeddings"]["float"] == [vectors[1]], reply.text
         reply = embed(messages=conversation(words, image))
         assert reply.status_code == 400 and "one text or one image at a time" in reply.text

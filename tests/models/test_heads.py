@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from api.config import PoolerConfig
 from api.model.pooler import step_overrides
 from engine_core.messages import ResolvedPoolingParams
+from executor import forward
 from executor.config import StepSize
 from executor.device.cpu import CpuDevice
 from executor.layers.attention import form_groups
@@ -200,7 +201,7 @@ def test_dense_layers(tmp_path: Path) -> None:
     raw = ResolvedPoolingParams(pooling_type="MEAN", normalize=False)
     (plain,) = pooled(runner_of(load(folder)), [prompt], [raw])
     loaded = load(folder, dense=("2_Dense", "3_Dense"))
-    assert loaded.vector_size == 24
+    assert loaded.vector_size == loaded.pooling.token_size == 24
     ours, scaled = pooled(runner_of(loaded), [prompt, prompt], [raw, replace(raw, normalize=True, dimensions=8)])
     with torch.inference_mode():
         expected = weights[1](torch.tanh(weights[0](torch.from_numpy(plain.copy())))).numpy()
@@ -225,6 +226,23 @@ def test_quantised_encoders(quantization: str) -> None:
     loaded = load(folder, quantization=quantization, calibration=tuple(tokens(40, 3)))
     (rounded,) = pooled(runner_of(loaded), [prompt], params)
     assert 0.9 < exact @ rounded < 0.999999
+
+
+def test_prompts_that_are_alone_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their inputs are kept by size, which must not show, whatever comes between."""
+    monkeypatch.setattr(forward, "MAX_LONE", 2)
+    loaded = load(tiny.checkpoint("bert"))
+    plain = ResolvedPoolingParams(pooling_type="MEAN", normalize=False)
+    pair, query = replace(plain, second_segment=7), replace(plain, num_attended=9)
+    kinds = [(20, plain), (20, plain), (20, pair), (20, plain), (20, query), (33, plain), (5, plain), (20, plain)]
+    prompts = [(tokens(count, seed), params) for seed, (count, params) in enumerate(kinds)]
+    runner, beside = runner_of(loaded), runner_of(loaded)
+    for place, (prompt, params) in enumerate(prompts):
+        expected, _ = pooled(beside, [prompt, tokens(3)], [params, plain])
+        (alone,) = pooled(runner, [prompt], [params])
+        np.testing.assert_array_equal(alone, expected)
+        if place == 6:
+            pooled(runner, [tokens(20), tokens(41)], [plain, plain])
 
 
 def test_positions_that_are_not_pooled() -> None:

@@ -160,6 +160,21 @@ async def test_cohere_s_embeddings() -> None:
         vector = fake_vector(prompt)[:3] / np.linalg.norm(fake_vector(prompt)[:3])
         np.testing.assert_allclose(numbers, vector, rtol=1e-6)
         np.testing.assert_array_equal(np.frombuffer(base64.b64decode(coded), np.float32), np.array(numbers, np.float32))
+    forms = {"embedding_types": ["float", "ubinary", "binary"], "output_dimension": 8}
+    answer = (await api.ok("/v2/embed", {"texts": ["a"], **forms}))["embeddings"]
+    bits = np.unpackbits(np.array(answer["ubinary"][0], np.uint8))
+    np.testing.assert_array_equal(bits, np.array(answer["float"][0]) > 0)
+    assert [number + 128 for number in answer["binary"][0]] == answer["ubinary"][0]
+    assert (await api.error("/v2/embed", {"texts": ["a"], **forms, "output_dimension": 4}))[
+        "param"
+    ] == "embedding_types"
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    await api.ok("/v2/embed", {"inputs": [{"content": parts}]})
+    assert sent(api)[-1][0] == [BOS, *tokens_of("ab"), EOS]
+    image, nothing = ["data:image/png;base64,AA=="], [{"content": [{"type": "text"}]}]
+    wrong: list[tuple[dict[str, Any], str]] = [({}, "texts"), ({"texts": ["a"], "images": image}, "texts")]
+    for fields, param in (*wrong, ({"images": image}, "images"), ({"inputs": nothing}, "inputs")):
+        assert (await api.error("/v2/embed", fields))["param"] == param
     await api.ok("/v2/embed", {"texts": ["a"], "input_type": "search_document"})
     assert sent(api)[-1][0] == [BOS, *tokens_of("p:a"), EOS]
     assert "maximum context" in (await api.error("/v2/embed", {**body, "truncate": "NONE"}))["message"]

@@ -14,7 +14,7 @@ import torch
 
 from api.config import PoolerConfig, ServerConfig
 from api.openai.embeddings import to_dtype
-from engine_core.messages import i32
+from engine_core.messages import PoolingSupport, i32
 from tests.fakes import (
     BOS,
     HIDDEN_SIZE,
@@ -98,6 +98,15 @@ async def test_dimensions(api: Api) -> None:
     for bad in (0, -1, HIDDEN_SIZE + 1, 10**9):
         error = await api.error(EMBEDDINGS, {"input": "a", "dimensions": bad})
         assert error["param"] == "dimensions" and str(HIDDEN_SIZE) in error["message"]
+
+
+async def test_dimensions_of_tokens() -> None:
+    api = Api(FakeServer(pooling=PoolingSupport(token_size=4)))
+    fields = {"input": "abba", "task": "token_embed"}
+    assert len((await api.ok("/pooling", {**fields, "dimensions": 4}))["data"][0]["data"][0]) == 4
+    error = await api.error("/pooling", {**fields, "dimensions": 5})
+    assert error["param"] == "dimensions" and "between 1 and 4" in error["message"]
+    await api.ok(EMBEDDINGS, {"input": "abba", "dimensions": 5})
 
 
 async def test_length_of_the_vectors(api: Api) -> None:
