@@ -392,7 +392,7 @@ def granite_hybrid(fields: Fields, config: Config) -> None:
     """Granite 4, or Bamba, whose attention is rotated."""
     granite_factors(fields, config)
     mamba_fields(fields, config)
-    attends = layers_with(config, "attn_q.weight")
+    attends = layers_with(config, "attn_output.weight")  # q may be a part of another tensor
     if is_rotated(fields, config):
         config |= {"architectures": ["BambaForCausalLM"], "attn_layer_indices": attends}
         return
@@ -425,7 +425,7 @@ def nemotron_h(fields: Fields, config: Config) -> None:
     config |= {"conv_kernel": length, "use_bias": bool(layers_with(config, "ssm_in.bias"))}
     config["use_conv_bias"] = bool(layers_with(config, "ssm_conv1d.bias"))
     without_predictors(fields, config)
-    kinds = {"ssm_in": "linear_attention", "attn_q": "full_attention", "ffn_gate_inp": "moe", "ffn_up": "mlp"}
+    kinds = {"ssm_in": "linear_attention", "attn_output": "full_attention", "ffn_gate_inp": "moe", "ffn_up": "mlp"}
     types: dict[int, str] = {}
     for name, kind in kinds.items():
         for layer in layers_with(config, f"{name}.weight"):

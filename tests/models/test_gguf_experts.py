@@ -25,6 +25,7 @@ from tests.models.harness import assert_close, assert_independent_of_batch, load
 from tests.models.test_gguf import reference_logits
 
 WIDE: dict[str, Any] = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 256, "num_hidden_layers": 2}
+F32 = GGMLQuantizationType.F32
 FACTOR = math.sqrt(1 + math.log(512 / 32) / math.log(32))
 PHIMOE_ROPE: dict[str, Any] = {
     **MIXTURES["phimoe"].fields["rope_parameters"],
@@ -75,6 +76,14 @@ def test_families(kind: str) -> None:
     token_ids = random_tokens(60)
     expected = reference_logits(folder, in_memory(kind, file.weights), token_ids)
     assert_close(logits_of(load(file.path), token_ids), expected)
+
+
+def test_the_factor_of_phi_is_that_of_the_released_model() -> None:
+    header = read_gguf(tiny.gguf_file(tiny.checkpoint("phimoe", **FAMILIES["phimoe"]), F32).path).header()
+    lengths = {"phimoe.context_length": 131072, "phimoe.rope.scaling.original_context_length": 4096}
+    for changes, factor in ((lengths, 1.243163121016122), ({}, FACTOR)):
+        config = hf_config_from_gguf(msgspec.structs.replace(header, metadata={**header.metadata, **changes}))
+        assert config["rope_parameters"]["attention_factor"] == pytest.approx(factor, rel=1e-7)
 
 
 @pytest.mark.parametrize("is_older", [False, True])

@@ -64,6 +64,24 @@ def test_experts_of_a_quantised_checkpoint(tmp_path: Path, name: str) -> None:
     assert loaded.weight_bytes < 0.6 * load(plain).weight_bytes
 
 
+def test_experts_alone_as_in_kimi_k2_thinking(tmp_path: Path) -> None:
+    exceptions = ["re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*", "lm_head"]
+    skipped = re.compile(r"self_attn|shared_experts|mlp\.(gate|up|down)_proj")
+    folder, plain = written(
+        tmp_path,
+        test_quantized.compressed_module,
+        {**INTEGERS, "ignore": exceptions},
+        lambda name: skipped.search(name) is not None,
+        family="deepseek_v3",
+        hidden_size=128,
+        moe_intermediate_size=64,
+    )
+    tokens = random_tokens(40)
+    loaded = load(folder)
+    assert_close(logits_of(loaded, tokens), logits_of(load(plain), tokens))
+    assert loaded.weight_bytes < 0.8 * load(plain).weight_bytes
+
+
 @NEEDS_KERNELS
 def test_experts_with_an_order_of_their_own(tmp_path: Path) -> None:
     """Each has another, and its inputs are sorted for it alone."""
