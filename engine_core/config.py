@@ -93,7 +93,7 @@ class SchedulerConfig(Config, frozen=True):
         Annotated[int, Meta(ge=1, le=MAX_NUM_STEPS)] | None,
         Meta(
             description="Most decode steps in a row between two messages to the workers. Their tokens reach clients "
-            "together. Default: on a CPU as many as fit into 20 ms, else 1."
+            "together. Default: on a CPU as many as fit into 33 ms, else 1."
         ),
     ] = None
     scheduling_policy: Annotated[

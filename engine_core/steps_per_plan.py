@@ -2,7 +2,7 @@
 
 Core, api and sockets work once per plan, on the cores that compute the next step meanwhile. While steps are short, this
 takes a good part of them; a plan of several steps takes it once. Its tokens reach clients together, and a request that
-comes in the meantime waits for all of them, so that a plan is short enough for text to appear fifty times a second.
+comes in the meantime waits for all of them, so that a plan is short enough for text to appear thirty times a second.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from engine_core.in_flight import InFlight
 
 MAX_ROW_TOKENS = 255
 """Most tokens of a row that a result can tell."""
-PLAN_MS = 20.0
+PLAN_MS = 33.0
 """Milliseconds that a plan of several steps may take."""
 FASTER_WEIGHT, SLOWER_WEIGHT = 0.5, 0.05
 """Weight of a new measurement that is shorter or longer than usual: steps take longer while core and api disturb them,

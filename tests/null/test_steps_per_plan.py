@@ -280,16 +280,16 @@ def a_plan(num_rows: int, num_steps: int = 1, num_tokens: int | None = None) -> 
 def test_as_many_steps_as_fit_into_a_plan() -> None:
     steps = chooser()
     assert steps.choose(1) == 1, "nothing is known yet"
-    steps.note(a_plan(1), 6.0)
+    steps.note(a_plan(1), 10.0)
     steps.note(a_plan(1, num_tokens=40), 900.0)
     assert steps.choose(1) == 3, "prompts do not count"
     assert steps.choose(2) == 1, "two rows may take longer"
-    steps.note(a_plan(3, num_steps=4), 44.0)
+    steps.note(a_plan(3, num_steps=4), 72.0)
     assert (steps.choose(2), steps.choose(3), steps.choose(1)) == (1, 1, 3)
     steps.note(a_plan(1), 1000.0)
     assert steps.choose(1) == 3, "one that was disturbed does not count for much"
     for _ in range(100):
-        steps.note(a_plan(1), 11.0)
+        steps.note(a_plan(1), 18.0)
     assert steps.choose(1) == 1
     for _ in range(20):
         steps.note(a_plan(1), 0.1)
