@@ -16,8 +16,8 @@ LEAST = 3
 """Drafts that plans of several steps allow in any case."""
 KEPT = 0.75
 """Part of what plans of several steps allow that is left after one whose rows needed less."""
-
 MEAN_RATE = 0.25
+"""How fast the mean of what rows verify follows."""
 
 
 class DraftAllowance:

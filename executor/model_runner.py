@@ -391,12 +391,14 @@ class ModelRunner:
         return [each.clone() for each in hidden] if is_read and self.channel.fileno() is not None else hidden
 
     def must_wait_for_drafts(self, plan: SchedulerOutput) -> bool:
-        """Whether ``begin`` must wait until earlier outputs are collected, since it may verify drafts. Of a pipeline
-        stage, those of the same rows: others are on their way between stages. A stage waits for them even if the plan
-        allows none: it would drop the drafts that follow them, and other stages would not."""
+        """Whether ``begin`` must wait until earlier outputs are collected, since it may verify drafts, or an earlier
+        step does for its rows. Of a pipeline stage, those of the same rows: others are on their way between stages. A
+        stage waits for them even if the plan allows none: it would drop the drafts that follow them, and other stages
+        would not."""
         if not plan.num_draft_tokens:
             return self.speculation.max_drafts > 0 and self.stage.lacks_tokens(plan, self.states)
-        if not plan.forced_drafts and not self.speculation.is_expected(i32(plan.slots)):
+        slots = i32(plan.slots)
+        if not (plan.forced_drafts or self.speculation.is_expected(slots) or self.states.is_verifying[slots].any()):
             return False
         return self.stage.is_last or self.stage.lacks_tokens(plan, self.states)
 

@@ -35,6 +35,8 @@ class RequestStates:
         """Number of tokens in the table; the others are still on the device."""
         self.num_drafts = np.zeros(max_num_seqs, np.int64)
         """Number of drafts of the next tokens, stored in the table after the known tokens."""
+        self.is_verifying = np.zeros(max_num_seqs, np.bool_)
+        """Whether a step in flight verifies drafts, so that the counts may be too high."""
         self.num_computed = np.zeros(max_num_seqs, np.int64)
         """Number of tokens whose K and V are in the cache."""
         self.num_replayed: I32 = np.zeros(max_num_seqs, np.int32)
@@ -84,6 +86,7 @@ class RequestStates:
         self.token_ids[slot, : len(tokens)] = tokens
         self.num_tokens[slot] = self.num_known[slot] = len(tokens)
         self.num_drafts[slot] = 0
+        self.is_verifying[slot] = False
         self.epochs[slot] += 1
         self.num_computed[slot] = request.num_computed_tokens
         self.num_replayed[slot] = 0
@@ -166,7 +169,7 @@ class RequestStates:
         self.num_known[slots] = positions + 1
 
     def retract(self, slots: I32, epochs: I64, counts: I64, accepted: I64) -> None:
-        """Takes back the counts that the step added for rejected drafts.
+        """Takes back the counts that the step added for rejected drafts, once it has verified them.
 
         Args:
             slots: int32 [n], each at most once.
@@ -178,6 +181,7 @@ class RequestStates:
         slots, counts = slots[is_current], counts[is_current]
         self.num_computed[slots] -= counts
         self.num_tokens[slots] -= counts
+        self.is_verifying[slots] = False
         self.num_replayed[slots] = accepted[is_current]
 
     def draft_room(self, slots: I32) -> I64:

@@ -71,9 +71,10 @@ def _force(forced: ForcedDrafts, states: RequestStates) -> None:
 def drafts_of(rows: SampleRows, states: RequestStates) -> I64:
     """The draft at each position that a step samples, int64 [samples]; -1 if none.
 
-    Also sets the rows' offsets.
+    Also sets the rows' offsets, and notes that their requests verify drafts until ``settle``.
     """
     numbers = rows.step_rows
+    states.is_verifying[rows.slots] = True
     if len(numbers) and numbers[0] == numbers[-1]:  # one row, as in most steps
         rows.offsets = np.arange(len(numbers))
         alone: I64 = states.token_ids[rows.slots[0], rows.positions].astype(np.int64)

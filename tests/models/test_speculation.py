@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from engine_core.messages import ResolvedParams, f32
@@ -17,8 +18,9 @@ from executor.config import ModelConfig, SpeculativeConfig
 from executor.decode_steps import DecodeSteps, OneRow
 from executor.device.base import Device
 from executor.device.cpu import CpuDevice
-from executor.messages import InitKVCache, WorkerReady
+from executor.messages import ForcedDrafts, InitKVCache, SchedulerOutput, WorkerReady
 from executor.model_runner import ModelRunner
+from executor.request_states import RequestStates
 from executor.speculative.step_costs import StepCosts
 from tests import tiny
 from tests.late_device import LateDevice
@@ -215,6 +217,36 @@ def test_a_device_with_late_results_waits_only_where_drafts_are_likely(monkeypat
     assert off.outputs == engine.outputs
 
 
+def test_a_step_waits_for_those_that_verify_drafts_of_a_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the plan has none for it, and the proposer found none for long."""
+    prompt = random_tokens(10)
+    forced_at: list[int] = []
+
+    def output(*places: int) -> list[int]:
+        """What comes if wrong drafts are forced after these output tokens."""
+        engine = Engine(LateDevice(by_itself=False), monkeypatch, speculative=PROPOSERS["suffix"])
+        monkeypatch.setattr(engine.scheduler, "_expects_drafts", lambda slots: True)  # as with a grammar
+        tokens, handle = engine.outputs, engine.worker.handle
+
+        def force(plan: SchedulerOutput) -> bool:
+            if any(plan.num_draft_tokens) and 0 in tokens and len(tokens[0]) in {*places} - {*forced_at}:
+                forced_at.append(len(tokens[0]))
+                drafts = np.array([expected[len(tokens[0])], 1, 2, 3], np.int32)
+                forced = ForcedDrafts(0, len(prompt) + len(tokens[0]), drafts.tobytes())
+                plan = msgspec.structs.replace(plan, forced_drafts=(forced,))
+            return handle(plan)
+
+        engine.worker.handle = force  # type: ignore[assignment,method-assign]
+        engine.add(0, prompt, ResolvedParams(seed=5, max_tokens=40))
+        engine.run()
+        assert (engine.scheduler.drafts.num_draft_tokens > 0) == bool(places)
+        return engine.outputs[0]
+
+    expected: list[int] = []
+    expected += output()
+    assert output(15, 25) == expected and forced_at == [15, 25]
+
+
 def test_steps_go_on_from_the_last_one_while_drafts_are_allowed_but_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
     advanced: list[int] = []
     advance = DecodeSteps.advance
@@ -256,8 +288,9 @@ def test_requests_that_run_alone_share_the_tensors_of_their_steps(
         return engine.outputs, engine.logprobs
 
     monkeypatch.setattr(OneRow, "fill", noted)
+    setup |= {"num_scheduler_steps": 1}  # times decide nothing, neither here nor of drafts
     expected = one_by_one(Engine(CpuDevice(), monkeypatch, **setup))
-    speculative = scripts(tmp_path, expected[0], 4, 3)
+    speculative = msgspec.structs.replace(scripts(tmp_path, expected[0], 4, 3), is_adaptive=False)
     assert one_by_one(Engine(CpuDevice(), monkeypatch, speculative=speculative, **setup)) == expected, "bit for bit"
     assert len(filled) > 10 and {1, 5} <= {*filled}
 
@@ -411,7 +444,7 @@ def test_a_stage_waits_for_the_tokens_before_a_plan_without_drafts() -> None:
     def waits(max_drafts: int, lacks_tokens: bool, drafts: bytes = b"") -> bool:
         stage = SimpleNamespace(is_last=False, lacks_tokens=lambda plan, states: lacks_tokens)
         speculation = SimpleNamespace(max_drafts=max_drafts, is_expected=lambda slots: True)
-        runner: Any = SimpleNamespace(stage=stage, speculation=speculation, states=None)
+        runner: Any = SimpleNamespace(stage=stage, speculation=speculation, states=RequestStates(1, 9, []))
         plan: Any = SimpleNamespace(num_draft_tokens=drafts, forced_drafts=(), slots=bytes(4))
         return ModelRunner.must_wait_for_drafts(runner, plan)
 
