@@ -542,7 +542,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "arcee": Architecture("ArceeForCausalLM", PERMUTED),
     "chatglm": Architecture("GlmForCausalLM"),
     "cohere2": Architecture("Cohere2ForCausalLM", configure=cohere),
-    "command-r": Architecture("CohereForCausalLM", configure=cohere),
+    "command-r": Architecture("CohereForCausalLM", renames=((r"\.([qk]_norm)$", r".\1.heads"),), configure=cohere),
     "deepseek2": Architecture(
         "DeepseekV2ForCausalLM",
         also=("DeepseekV3ForCausalLM",),

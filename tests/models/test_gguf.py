@@ -121,7 +121,7 @@ GGUF_FAMILIES: dict[str, dict[str, Any]] = {
     "seed_oss": {},
     "ernie4_5": {},
     "arcee": {},
-    "cohere": {"use_qk_norm": False},
+    "cohere": {},
     "cohere2": {"layer_types": None, "num_hidden_layers": 4},
     "falcon": {},
     "gemma": {},
