@@ -104,7 +104,7 @@ def fingerprint(
         config.device.matmul,
         config.lora,
         groups,
-        dataclasses.replace(parallel, memory_fd=-1),
+        dataclasses.replace(parallel, memory_fd=-1, rendezvous_fd=-1, store=None, interface=""),
     )
     add(device.name, ops.op_set(device.torch_device.type).name, str(torch.__version__), platform.machine())
     # Pixels of the images, which are known by the hashes of their files; models that are not built in.

@@ -127,6 +127,7 @@ class ThreadExecutor:
         for rank in self._ranks:
             rank.thread.join()
             os.close(rank.event)
+        for rank in self._ranks:  # others may have waited for a message that was still under way
             if rank.links is not None:
                 rank.links.close()
         self._ranks = []

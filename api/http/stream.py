@@ -253,7 +253,8 @@ class WholeAnswer(Response):
             self.body = await generation.build(self._reply)
             load = load_header(scope, generation.metrics)
             self.init_headers(generation.headers if load is None else {**generation.headers, LOAD_HEADER: load})
-            await super().__call__(scope, receive, send)
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await scope.get(SERVER_SEND, send)({"type": "http.response.body", "body": self.body})
         finally:
             generation.close()
 

@@ -14,8 +14,6 @@ from executor.base import ModelError
 
 _SIOCGIFADDR = 0x8915
 """Asks Linux for the address of an interface."""
-_NAME_BYTES = 15
-"""Of the longest name of an interface."""
 
 
 def endpoint_of(host: str, port: int) -> str:
@@ -38,12 +36,13 @@ def private_address(interface: str) -> str:
     option = f"--private-interface {interface}"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:_NAME_BYTES]))
+            socket.if_nametoindex(interface)  # the next call would cut a name that is too long
+            answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", interface.encode()))
         except OSError as error:
-            reason = f"has no IPv4 address here: {error.strerror}; ip address lists those that have"
+            reason = f"has no IPv4 address here: {error.strerror or error}; ip address lists those that have"
             raise ModelError(f"{option}: {reason}") from None
     address = socket.inet_ntoa(answer[20:24])
-    if not ipaddress.ip_address(address).is_private:
+    if ipaddress.ip_address(address).is_global:  # not so those that VPNs share with carriers, 100.64.0.0/10
         raise ModelError(
             f"{option}: {address} is no private address, and what goes over it is not encrypted; name another "
             "interface, such as one of a VPN, or omit it"
