@@ -13,7 +13,7 @@ from executor.liveness import STOPPED_TIMEOUT, ProcessSample, ProcessWatch
 TICK = 1.0
 """Seconds between checks."""
 LOAD_TIMEOUT = 300.0
-"""Seconds that a loading worker may be silent without using CPU or disk; a compiler may be running."""
+"""Seconds for which all loading workers may be silent, one of them without using CPU or disk; a compiler may run."""
 
 
 def _ask(sampler: Callable[[], ProcessSample | None], pid: int) -> ProcessSample | None:
@@ -131,13 +131,15 @@ class WorkerWatch:
         if now - self._ticked_at < TICK:
             return None
         self._ticked_at = now
-        for rank, watch in enumerate(self._watches):
+        for watch in self._watches:
             watch.tick()
+        all_are_silent = all(watch.waited >= LOAD_TIMEOUT for watch in self._watches)
+        for rank, watch in enumerate(self._watches):
             if watch.stopped >= STOPPED_TIMEOUT:
                 reason = f"worker {rank} (pid {watch.pid}) has been stopped for {watch.stopped:.0f} s"
                 return Hang(reason, was_stopped=True)
             if is_loading:
-                if min(watch.idle, watch.waited) >= LOAD_TIMEOUT:
+                if all_are_silent and watch.idle >= LOAD_TIMEOUT:  # else it waits for those that load
                     reason = f"worker {rank} (pid {watch.pid}) did nothing for {watch.idle:.0f} s while it loaded"
                     return Hang(reason, was_stopped=False)
                 continue

@@ -62,7 +62,7 @@ from executor.multiproc import LISTENER, STORE, WorkerLaunch
 from executor.nodes.addresses import host_and_port
 from executor.nodes.links import NetworkLinks
 from executor.nodes.ranks import join_machines
-from executor.parallel import RANKS, RENDEZVOUS, STAGES, ParallelState, near_place, num_sharers, places
+from executor.parallel import RANKS, RENDEZVOUS, STAGES, ParallelState, leaders, near_place, num_sharers, places
 from executor.process import read_descriptors, read_payload
 from executor.readiness import worker_ready
 from executor.stages import Stage, StageRoom, connect
@@ -189,17 +189,21 @@ class Worker:
     def _meet(self, device: Device) -> Communicator:
         """Connects this rank with others."""
         if self._links is not None:
-            config = self.config.parallel
+            config, ranks = self.config.parallel, places(self.config.parallel)
             if not config.private_interface and not device.shares_memory:
                 raise ModelError(
                     f"--nnodes {config.nnodes} --device {device.name}: NCCL encrypts nothing; name an interface in a "
                     "network that you trust with --private-interface"
                 )
+            if config.private_interface and device.shares_memory and len(leaders(ranks, self.parallel)) == 1:
+                raise ModelError(
+                    f"--private-interface {config.private_interface}: pipeline stages on CPUs use encrypted "
+                    "connections; omit it"
+                )
             if config.private_interface and self.rank == 0:
                 logger.warning("what goes over %s is neither encrypted nor asks for a key", config.private_interface)
             self._links.check()
             if device.shares_memory:
-                ranks = places(config)
                 near = device.communicator(near_place(ranks, self.parallel))
                 return join_machines(ranks, self.parallel, near, self._links, config.private_interface)
         return device.communicator(self.parallel)

@@ -46,6 +46,7 @@ def measure(way: str, options: argparse.Namespace) -> None:
     listeners = {name: descriptor for each in opened for name, (descriptor, _) in each.items()}
     network = Network(cluster_key=bytes(32), addresses=("127.0.0.1",) * len(ranks), endpoints=endpoints)
     memory, cores = create_shared_memory(), split_cores(len(ranks))
+    ended, running = os.pipe()
     sys.stdout.flush()
     children = []
     for own in ranks:
@@ -62,7 +63,11 @@ def measure(way: str, options: argparse.Namespace) -> None:
             links.check()
             run(join_machines(ranks, own, SingleRank(), links, interface), way, options)
         sys.stdout.flush()
+        os.close(running)
+        os.read(ended, 1)  # what this rank has sent last may be under way to others
         os._exit(0)
+    os.close(running)
+    os.close(ended)
     for child in children:
         os.waitpid(child, 0)
     for descriptor in (memory, *listeners.values()):

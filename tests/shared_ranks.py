@@ -63,10 +63,10 @@ def on_machines(num_ranks: int, nnodes: int, run: Callable[[MachineRank], T], in
     listeners = {name: descriptor for name, (descriptor, _) in found.items()}
     network = Network(cluster_key=bytes(32), addresses=("127.0.0.1",) * nnodes, endpoints=endpoints)
     memory = [create_shared_memory() for _ in range(nnodes)]
+    connections = [NetworkLinks(network, ranks, own, listeners) for own in ranks]
 
-    def guarded(own: ParallelState) -> T:
+    def guarded(own: ParallelState, links: NetworkLinks) -> T:
         place = near_place(ranks, own)
-        links = NetworkLinks(network, ranks, own, listeners)
         near: SharedRank | SingleRank = SingleRank()
         if place.tp_size > 1:
             near = SharedRank(library, memory[own.node_rank], place.tp_rank, place.tp_size)
@@ -81,12 +81,12 @@ def on_machines(num_ranks: int, nnodes: int, run: Callable[[MachineRank], T], in
             if isinstance(near, SharedRank):
                 near.leave()
             raise
-        finally:
-            links.close()
 
     try:
-        return _in_threads([partial(guarded, own) for own in ranks])
+        return _in_threads([partial(guarded, own, links) for own, links in zip(ranks, connections, strict=True)])
     finally:
+        for links in connections:  # only now: others may have waited for what was under way
+            links.close()
         for descriptor in memory:
             os.close(descriptor)
 

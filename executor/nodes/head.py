@@ -89,6 +89,8 @@ class NodesExecutor:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromWorker)
         self._members: Members | None = None
+        self._obstacle = ""
+        """Why sockets could not be opened."""
         self._failure: WorkerFailed | None = None
         self._news = os.eventfd(0, os.EFD_CLOEXEC)
         """Readable if there is a failure."""
@@ -117,7 +119,14 @@ class NodesExecutor:
         if members is None:
             return
         if self._phase == WAITING and not members.missing:
-            own = open_listeners(self._ranks, 0, members.address, self._config.parallel.private_interface)
+            try:
+                own = open_listeners(self._ranks, 0, members.address, self._config.parallel.private_interface)
+            except (ModelError, OSError) as error:  # a cable may have been pulled
+                if not self._obstacle:
+                    logger.error("%s; waiting for it", error)
+                self._obstacle = str(error)
+                return
+            self._obstacle = ""
             self._listeners = {name: descriptor for name, (descriptor, _) in own.items()}
             self._prepared = {0: {name: endpoint for name, (_, endpoint) in own.items()}}
             self._phase = PREPARING

@@ -172,7 +172,7 @@ def join_machines(
     if near.rank == 0 and interface:
         listener = links.listeners.get(STORE) if own.rank == 0 else None
         group = str(own.pp_rank)
-        far = GlooGather(interface, links.network.endpoints[STORE], listener, group, place, len(nodes))
+        far = GlooGather(interface, links.network.endpoints[STORE], listener, group, place, nodes)
     elif near.rank == 0:
         targets = [links.targets.get(columns_event(each.rank, own.rank)) for each in first]
         sources = [links.sources.get(columns_event(own.rank, each.rank)) for each in first]

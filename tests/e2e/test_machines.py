@@ -145,7 +145,6 @@ def test_a_pulled_cable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of machines that divide layers, with interfaces of different names."""
-    monkeypatch.setattr("executor.nodes.members.NODE_TIMEOUT", 2.0)
     place = {"nnodes": 2, "master_addr": HERE, "master_port": port, "cluster_key": str(cluster_key)}
     flags = flags_of_agent(tiny_model, {**place, "private_interface": "eth0"}, "-tp")
     agent = Agent(*flags, prefix=["ip", "netns", "exec", NAMESPACE])
@@ -154,12 +153,14 @@ def test_a_pulled_cable(
 
             def pull() -> None:
                 subprocess.run(["ip", "link", "set", cable, "down"], check=True)
-                two.run_until(lambda: bool(two.messages(WorkersLost)))
+                with monkeypatch.context() as patch:  # no sooner: agents on a busy machine may be late
+                    patch.setattr("executor.nodes.members.NODE_TIMEOUT", 2.0)
+                    two.run_until(lambda: bool(two.messages(WorkersLost)))
                 subprocess.run(["ip", "link", "set", cable, "up"], check=True)
 
             assert two.generate(pull) == one_rank
             (lost,) = two.messages(WorkersLost)
-            assert re.match(rf"machine 1 \(.*, {THERE}\) has said nothing for 2 s", lost.reason)
+            assert re.match(rf"machine 1 \(.*, {THERE}\) has said nothing for \d s", lost.reason)
             listening = subprocess.run(
                 ["ip", "netns", "exec", NAMESPACE, "ss", "-Hltn"], capture_output=True, text=True, check=False
             ).stdout

@@ -7,6 +7,8 @@ import pickle
 import socket
 import tempfile
 from contextlib import ExitStack, suppress
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,14 @@ import psutil
 import pytest
 import torch
 
+from executor.config import ExecutorConfig
+from executor.device.base import create_device
+from executor.fingerprint import fingerprint
+from executor.nodes.addresses import listen
+from executor.nodes.gloo import GlooGather
 from executor.nodes.ranks import MachineRank
+from executor.parallel import ParallelState
+from ops import PeerLostError
 from tests import tiny
 from tests.models.test_ranks import UNEVEN, run
 from tests.ops.cpu import NEEDS_KERNELS
@@ -93,6 +102,21 @@ def test_strangers_at_the_sockets_of_gloo() -> None:
 
     assert on_machines(2, 2, exchange, "lo") == [12.0, 12.0]
     assert not CAGE.exists()
+
+
+def test_a_machine_that_does_not_reach_the_others_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("executor.nodes.gloo.CONNECT_TIMEOUT", timedelta(milliseconds=10))
+    descriptor, endpoint = listen("127.0.0.1")
+    with pytest.raises(PeerLostError, match=f"^--private-interface lo: {endpoint} cannot be reached by machine 3 "):
+        GlooGather("lo", endpoint, descriptor, "0", 0, (2, 3))
+
+
+def test_where_others_are_changes_no_bit() -> None:
+    """So the KV cache outlives a worker, though the others are elsewhere in its next life."""
+    place = ParallelState(0, 2)
+    moved = replace(place, memory_fd=5, rendezvous_fd=7, store=("10.0.0.1", 5000), interface="eth1")
+    found = {fingerprint(ExecutorConfig(), each, create_device("cpu"), ()) for each in (place, moved)}
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,16 @@ def test_loading_takes_as_long_as_something_is_done() -> None:
     assert seconds == LOAD_TIMEOUT and "while it loaded" in problem
 
 
+def test_workers_may_wait_for_one_that_loads_slowly() -> None:
+    machine = Machine()
+    watch = watcher(machine, 11, 12)
+    for _ in range(2 * int(LOAD_TIMEOUT)):
+        machine.passes(1.0)
+        watch.heard(1)
+        assert watch.hung((), is_loading=True) is None
+    assert "while it loaded" in seconds_until_hung(machine, watch, is_loading=True)[1]
+
+
 def test_an_executor_without_processes_is_not_watched() -> None:
     machine = Machine()
     watch = watcher(machine)

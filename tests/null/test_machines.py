@@ -29,7 +29,7 @@ from executor.messages import EXIT_MODEL, Heartbeat, InitKVCache, WorkerFailed
 from executor.multiproc import LISTENER, LocalWorkers
 from executor.nodes import agent as agents
 from executor.nodes import members
-from executor.nodes.addresses import endpoint_of
+from executor.nodes.addresses import endpoint_of, private_address
 from executor.nodes.agent import NodeAgent
 from executor.nodes.head import RUNNING, NodesExecutor
 from executor.nodes.key_files import create_key_file, read_key_file
@@ -128,6 +128,19 @@ def test_the_files_for_kubernetes_and_slurm() -> None:
     assert service["spec"]["selector"] == labels[0]
     assert policy["spec"]["podSelector"]["matchLabels"].items() <= labels[1].items()
     subprocess.run(["bash", "-n", DEPLOY / "slurm.sh"], check=True)
+
+
+def test_a_private_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert private_address("lo") == "127.0.0.1"
+    for name in ("none0", "lo" + 20 * "o"):
+        with pytest.raises(ModelError, match=f"^--private-interface {name}: has no IPv4 address here: "):
+            private_address(name)
+    for address in ("10.0.0.1", "100.64.0.1"):  # a private network; a VPN that uses the addresses of carriers
+        monkeypatch.setattr("fcntl.ioctl", lambda *_: bytes(20) + socket.inet_aton(address))  # noqa: B023
+        assert private_address("lo") == address
+    monkeypatch.setattr("fcntl.ioctl", lambda *_: bytes(20) + socket.inet_aton("8.8.8.8"))
+    with pytest.raises(ModelError, match=r"^--private-interface lo: 8.8.8.8 is no private address"):
+        private_address("lo")
 
 
 # -- who is where
@@ -338,7 +351,7 @@ def test_a_machine_that_is_silent_is_lost_and_may_come_back(
     machines.run()
     agent, machines.agent = machines.agent, None
     monkeypatch.setattr(members, "NODE_TIMEOUT", 0.1)
-    with pytest.raises(WorkerDiedError, match=r"^machine 1 \(.*\) has said nothing for 0 s$"):
+    with pytest.raises(WorkerDiedError, match=r"^machine 1 \(.*\) has said nothing for \d s$"):
         machines.until(lambda: False)
     monkeypatch.undo()
     machines.agent = agent
@@ -358,9 +371,27 @@ def test_an_agent_that_hears_nothing_ends_its_workers_and_joins_again(
     while workers_of(agent).is_up:
         assert time.monotonic() < deadline
         agent._turn()
-    assert "the leader has said nothing for 0 s" in caplog.text
+    assert "the leader has said nothing for " in caplog.text
     monkeypatch.setattr(agents, "NODE_TIMEOUT", DEADLINE)
     lives_again(machines, r"^machine 1 \(.*\) has started again$", loses_memory=False)
+
+
+def test_a_leader_without_its_address_waits_for_it(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ModelError("--private-interface eth1: has no IPv4 address here")
+
+    machines.run()
+    machines.leader.kill()
+    monkeypatch.setattr("executor.nodes.head.open_listeners", refuse)
+    machines.leader.start()
+    for _ in range(3):
+        machines.received += machines.leader.receive()
+    assert caplog.text.count("--private-interface eth1: has no IPv4 address here; waiting for it") == 1
+    monkeypatch.undo()
+    machines.run()
+    assert machines.received == []
 
 
 def test_a_new_leader_is_joined_and_knows_nothing_of_old_memory(machines: Machines) -> None:
