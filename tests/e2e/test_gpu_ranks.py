@@ -10,6 +10,7 @@ import pytest
 
 from engine_core.messages import EngineReady, WorkersLost
 from executor.nodes.key_files import create_key_file
+from tests import tiny
 from tests.e2e.rank_harness import Agent, ranks
 from tests.e2e.server import ROOT
 from tests.ports import free_port
@@ -40,17 +41,20 @@ def test_a_rank_may_die(one_rank: list[list[int]], tiny_model: Path, tmp_path: P
 
 
 @pytest.mark.timeout(300)
-def test_stages_of_ranks_on_machines(one_rank: list[list[int]], tiny_model: Path, tmp_path: Path) -> None:
-    """Each of two stages has two ranks of one machine."""
+def test_stages_of_ranks_on_machines(tmp_path: Path) -> None:
+    """Each of two stages has two ranks of one machine, with whole experts."""
+    model = tiny.checkpoint("mixtral")
+    with ranks(model, tmp_path) as one:
+        expected = one.generate(max_tokens=MAX_TOKENS)
     create_key_file(tmp_path / "key")
     place = {"nnodes": 2, "master_addr": "127.0.0.1", "master_port": free_port(), "private_interface": "lo"}
     place["cluster_key"] = str(tmp_path / "key")
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in place.items()]
     shape = ["-tp", "2", "-pp", "2", "--device", "fake-gpu"]
-    agent = Agent("--model", str(tiny_model), *shape, "--node-rank", "1", *flags)
+    agent = Agent("--model", str(model), *shape, "--node-rank", "1", *flags)
     try:
-        with ranks(tiny_model, tmp_path, 2, 2, device="fake-gpu", **place) as four:
-            assert four.generate(max_tokens=MAX_TOKENS) == [tokens[:MAX_TOKENS] for tokens in one_rank]
+        with ranks(model, tmp_path, 2, 2, device="fake-gpu", enable_expert_parallel=True, **place) as four:
+            assert four.generate(max_tokens=MAX_TOKENS) == expected
             assert not four.messages(WorkersLost)
     finally:
         agent.kill()
