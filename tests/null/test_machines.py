@@ -102,6 +102,13 @@ def test_launchers_say_where_a_process_is() -> None:
     assert [first_host(names) for names in ("a", "a,b", "n[1,3]", "n[01-02]-x,m")] == ["a", "a", "n1", "n01-x"]
 
 
+def test_a_leader_without_its_private_interface_says_so(key: Path, tmp_path: Path) -> None:
+    leader = NodesExecutor(cluster(key, private_interface="eth99"), str(tmp_path))
+    (failure,) = leader.receive()
+    assert isinstance(failure, WorkerFailed) and failure.message.startswith("--private-interface eth99: ")
+    leader.shutdown()
+
+
 DEPLOY = Path(__file__).resolve().parents[2] / "docs" / "deploy"
 
 

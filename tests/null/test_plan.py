@@ -106,6 +106,11 @@ def test_machines_have_memory_and_bandwidth_of_their_own() -> None:
     assert [each["machine"] for each in figures["ranks"]] == [0, 1]
     # Each machine reads its own stage, in turn for one stream, at the same time for several.
     assert figures["decode_ms"]["1"] == pytest.approx(20, rel=0.02)
+    # Of layers, each reads its part at the same time.
+    assert "advice: 2 machines that divide layers read the weights sooner" in "\n".join(
+        command.report(plan, "tiny", 1, 1)
+    )
+    assert command.figures(plan, "tiny")["decode_ms"]["1"] == pytest.approx(10, rel=0.02)
     crowded = tuple(
         msgspec.structs.replace(each, ready=msgspec.structs.replace(each.ready, node_rank=0)) for each in stages
     )
