@@ -462,7 +462,7 @@ class ServerConfig(Config, frozen=True):
         Meta(
             description="JSON object: how to propose draft tokens, which a step verifies together. Tokens stay the "
             'same. {"method": "suffix"}: what followed the last tokens where they occurred before. "ngram": the same '
-            "with prompt_lookup_min and prompt_lookup_max. Default: no drafts.",
+            'with prompt_lookup_min and prompt_lookup_max. "none": no drafts. Default: "suffix" on a CPU, else "none".',
             extra={"flags": ["-sc"], "group": "Engine"},
         ),
     ] = {}
@@ -643,7 +643,12 @@ def with_speculation(config: ServerConfig) -> ServerConfig:
     Raises:
         ConfigError: A field of the option is invalid.
     """
-    executor = replace(config.engine.executor, speculative=speculative_config(config.speculative_config))
+    executor = config.engine.executor
+    speculative = speculative_config(config.speculative_config)
+    is_alone = executor.parallel.world_size == 1 and executor.distributed_executor_backend != "simulated"
+    if speculative is not None and speculative.is_default and not (is_alone and config.offers_generation):
+        speculative = None
+    executor = replace(executor, speculative=speculative)
     return replace(config, engine=replace(config.engine, executor=executor))
 
 

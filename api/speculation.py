@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from msgspec.structs import replace
+
 from api.flags import ConfigError, did_you_mean
 from engine_core.config import MAX_DRAFT_TOKENS, QUANTIZATIONS, ModelConfig, SpeculativeConfig
 
@@ -17,6 +19,7 @@ NOT_YET = {
     "dspark": "drafts by diffusion",
 }
 """vLLM's methods that need another kind of second model."""
+OFF = "none"
 METHODS = ("suffix", "ngram", "draft_model", "eagle3", "mtp")
 WITH_MODEL = ("draft_model", "eagle3")
 ALIASES = {
@@ -115,13 +118,17 @@ def speculative_config(fields: Mapping[str, Any] | None) -> SpeculativeConfig | 
     """Reads the option.
 
     Args:
-        fields: The JSON object; None or empty: no speculation.
+        fields: The JSON object; None or empty: the default, for devices on which it costs nothing.
 
     Raises:
         ConfigError: A field is unknown, invalid or not supported; the message names it and says what to do.
     """
     given = {OLD_NAMES.get(name, name): value for name, value in (fields or {}).items() if value is not None}
     if not given:
+        return replace(_suffix({}), is_default=True)
+    if given.get("method") == OFF:
+        for name in given.keys() - {"method"}:
+            raise ConfigError(f"{FLAG}: {name} is not for the method {OFF!r}, which turns drafts off; omit it")
         return None
     method = _method(given)
     for name in given:
@@ -145,7 +152,7 @@ def _method(given: Mapping[str, Any]) -> str:
     if method in METHODS:
         return str(method)
     *others, last = (f'"{name}"' for name in METHODS)
-    choices = f"{', '.join(others)} or {last}"
+    choices = f'{", ".join(others)} or {last}; "{OFF}" turns drafts off'
     if method is None:
         raise ConfigError(f"{FLAG}: method is missing; use {choices}")
     kind = NOT_YET.get(str(method))

@@ -519,13 +519,17 @@ class EngineCore:
             if problem is not None:
                 self._die(problem, EXIT_MODEL)
                 return
+            speculative = self.config.executor.speculative if all(worker.verifies_drafts for worker in ready) else None
             self._scheduler = Scheduler(
                 self.config.scheduler,
                 self.config.cache,
                 shape,
                 max_model_len,
                 engine_epoch=self.engine_epoch,
-                max_draft_tokens=self.config.executor.max_draft_tokens,
+                max_draft_tokens=0 if speculative is None else speculative.num_speculative_tokens,
+                max_samples=None
+                if speculative is None
+                else speculative.max_samples(self.config.scheduler.max_num_seqs),
                 num_lookahead_tokens=self.config.executor.num_lookahead_tokens,
                 multimodal=self._ready[0].multimodal,
                 adapters=AdapterPool(self.config.executor.lora, self.executor.num_ranks),

@@ -76,6 +76,7 @@ class Scheduler:
         *,
         engine_epoch: int = 0,
         max_draft_tokens: int = 0,
+        max_samples: int | None = None,
         num_lookahead_tokens: int = 0,
         multimodal: MultiModalSupport | None = None,
         adapters: AdapterPool | None = None,
@@ -85,6 +86,7 @@ class Scheduler:
         self.config = config
         self.num_lookahead_tokens = num_lookahead_tokens
         self.max_draft_tokens = max_draft_tokens
+        self.max_samples = max_samples or config.max_num_seqs * (1 + max_draft_tokens)
         self.max_model_len = max_model_len
         self.shape = shape
         self.engine_epoch = engine_epoch
@@ -323,7 +325,7 @@ class Scheduler:
             return False
         table.allowances[table.running] = 0
         if is_expected and num_running and not self.suspects:  # they would blur the position at which a suspect kills
-            budget = self.config.step_tokens - int(counts.sum()) // num_steps
+            budget = min(self.config.step_tokens - int(counts.sum()) // num_steps, self.max_samples - len(slots))
             counts[:num_running] += self._allow_drafts(slots[:num_running], budget, updates, num_steps) * num_steps
         return True
 

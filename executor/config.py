@@ -382,6 +382,10 @@ class SimulatedDevice(Config, frozen=True):
     """A token id that the device never samples; -1: it may sample any id."""
 
 
+MIN_SAMPLES = 64
+"""Tokens that a step may sample in any case where drafts are on by default: a CPU gains nothing from more drafts."""
+
+
 class SpeculativeConfig(Config, frozen=True):
     """The source of draft tokens (``executor/speculative``). Outputs never depend on it."""
 
@@ -403,6 +407,8 @@ class SpeculativeConfig(Config, frozen=True):
     is_adaptive: bool = True
     """Draft lengths follow the measured acceptance and the measured times of steps. False: they depend on the tokens
     alone, as several ranks need it."""
+    is_default: bool = False
+    """Nobody asked for drafts: they are for workers that verify them at little cost alone, and few in a step."""
     draft: ModelConfig | None = None
     """The second model, of the methods ``draft_model`` and ``eagle3``."""
     script: str = ""
@@ -417,6 +423,10 @@ class SpeculativeConfig(Config, frozen=True):
     def has_model(self) -> bool:
         """Whether a second model, or a head, proposes the drafts."""
         return self.method in ("draft_model", "eagle3", "mtp")
+
+    def max_samples(self, max_num_seqs: int) -> int:
+        """Most tokens that a step samples, which determines the memory for logits."""
+        return max(max_num_seqs, MIN_SAMPLES) if self.is_default else max_num_seqs * (1 + self.num_speculative_tokens)
 
 
 DEFAULT_STEP_TOKENS = 512

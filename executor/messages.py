@@ -478,6 +478,8 @@ class WorkerReady(Message, frozen=True):
     """Whether the results of a step arrive after it was launched, so that nothing waits between two steps."""
     pooling: PoolingSupport = PoolingSupport()
     """What the model does with pooled hidden states."""
+    verifies_drafts: bool = True
+    """False: no step may verify drafts, whatever is configured."""
     multimodal: MultiModalSupport | None = None
     """What the model does with images; None: it takes none."""
     fingerprint: str = ""

@@ -273,8 +273,8 @@ class ModelRunner:
     @property
     def max_samples(self) -> int:
         """Most tokens that a step samples."""
-        max_drafts = 0 if self.speculative is None else self.speculative.num_speculative_tokens
-        return min(self.max_tokens, self.step_size.max_num_seqs * (1 + max_drafts))
+        most = self.step_size.max_num_seqs
+        return min(self.max_tokens, most if self.speculative is None else self.speculative.max_samples(most))
 
     def _setup(self) -> ForwardSetup:
         return ForwardSetup(

@@ -26,8 +26,9 @@ from executor.base import ModelError
 from executor.checkpoint import StoredTensor
 from executor.config import ExecutorConfig, ParallelConfig
 from executor.device.base import Device, Memory, create_device
+from executor.draft_checks import speculation_of
 from executor.image_inputs import create_image_inputs
-from executor.layers.attention import form_groups, make_room_for_drafts
+from executor.layers.attention import form_groups
 from executor.layers.embedding import VocabParallelEmbedding
 from executor.layers.linear import LinearLayer
 from executor.layers.moe import MoE
@@ -155,16 +156,14 @@ def _runner(
         num_tokens = config.step_size.max_num_batched_tokens or device.max_num_batched_tokens
         num_bytes = num_tokens * hidden.width * hidden.dtype.itemsize
         memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device.torch_device)
-    if config.speculative is not None:
-        layers = [*model.attention_layers(), *model.attention_of_stages]
-        make_room_for_drafts(layers, config.speculative.num_speculative_tokens)
+    speculative = speculation_of(config.speculative, loaded, device, config.parallel.world_size)
     return ModelRunner(
         loaded,
         device,
         form_groups(model.attention_layers(), config.device.block_size, model.attention_of_stages),
         step_size=config.step_size,
         enforce_eager=config.model.enforce_eager or not loaded.model.can_be_captured,
-        speculative=config.speculative,
+        speculative=speculative,
         draft=None,
         forced_outputs="",
         rank=parallel.rank,

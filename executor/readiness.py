@@ -51,5 +51,6 @@ def worker_ready(
         has_late_results=runner.channel.fileno() is not None,
         max_num_batched_tokens=runner.max_tokens,
         pooling=loaded.pooling,
+        verifies_drafts=runner.speculative is not None,
         multimodal=None if runner.images is None else runner.images.support,
     )

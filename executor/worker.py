@@ -23,10 +23,10 @@ import zmq
 
 import ops
 from executor.adapters import LoadedAdapters, check_adapters
-from executor.attention.base import RECURRENT_KINDS
 from executor.base import ModelError
-from executor.config import ExecutorConfig, SpeculativeConfig
+from executor.config import ExecutorConfig
 from executor.device.base import Device, create_device
+from executor.draft_checks import speculation_of
 from executor.draft_heads import load_head
 from executor.draft_runner import DraftModel, check_draft_model, check_place
 from executor.fingerprint import Digests, fingerprint, kernels_of, state_of
@@ -34,7 +34,7 @@ from executor.image_inputs import create_image_inputs
 from executor.kv_memory import KVMemory
 from executor.kv_transfer.base import KVConnector
 from executor.kv_transfer.open import open_connector
-from executor.layers.attention import form_groups, make_room_for_drafts
+from executor.layers.attention import form_groups
 from executor.loader import LoadedModel, load_model
 from executor.log import get_logger, setup_logging
 from executor.messages import (
@@ -139,7 +139,7 @@ class Worker:
         device.initialize(config.device, self.parallel.local_rank)
         communicator = self._meet(device)
         loaded = self._load(device, communicator)
-        speculative = self._speculative(loaded, device)
+        speculative = speculation_of(config.speculative, loaded, device, config.parallel.world_size)
         model = loaded.model
         groups = form_groups(model.attention_layers(), config.device.block_size, model.attention_of_stages)
         draft = self._load_draft(loaded, device)
@@ -264,21 +264,6 @@ class Worker:
             config.step_size.max_num_seqs,
             max_tokens,
         )
-
-    def _speculative(self, target: LoadedModel, device: Device) -> SpeculativeConfig | None:
-        """How drafts are proposed. Ranks that compute the same step must propose the same.
-
-        Raises:
-            ModelError: The model cannot verify drafts.
-        """
-        config = self.config.speculative
-        if config is not None:
-            check_drafts(target, device)
-            layers = [*target.model.attention_layers(), *target.model.attention_of_stages]
-            make_room_for_drafts(layers, config.num_speculative_tokens)
-        if config is None or self.config.parallel.world_size == 1:
-            return config
-        return msgspec.structs.replace(config, is_adaptive=False, max_cached_requests=0)
 
     def _progress(self, stage: str, done: int, total: int) -> None:
         self._send(LoadProgress(rank=self.rank, stage=stage, done=done, total=total))
@@ -543,22 +528,3 @@ def run() -> int:
     inputs.close(linger=0)
     context.term()
     return code
-
-
-def check_drafts(loaded: LoadedModel, device: Device) -> None:
-    """Checks that a model can verify drafts.
-
-    Raises:
-        ModelError: Drafts may change tokens.
-    """
-    name = loaded.hf_config.architecture
-    if not loaded.model.can_be_captured:
-        raise ModelError(
-            f"--speculative-config: {name} runs through transformers, where drafts may change tokens; omit it"
-        )
-    has_states = any(layer.shape.kind in RECURRENT_KINDS for layer in loaded.model.attention_layers())
-    if has_states and device.steps().graphs is not None:
-        raise ModelError(
-            f"--speculative-config: layers of {name} keep a state, which leaves out rejected drafts on CPUs alone so "
-            f"far; omit it on {device.name}"
-        )

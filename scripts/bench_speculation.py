@@ -257,7 +257,8 @@ def main() -> None:
         path.write_text(json.dumps([{"prompt": each.prompt, "output": each.output} for each in forced]))
         fields["forced_outputs"] = str(path) if forced else ""
         begin = time.perf_counter()
-        with LLM(options.model, **fields, speculative_config={}) as off, speculating(options, fields, path) as on:
+        off = LLM(options.model, **fields, speculative_config={"method": "none"})
+        with off, speculating(options, fields, path) as on:
             print("| benchmark | pairs | tokens/s off | on | mean ratio | 95 % | median | 95 % | accepted |")
             print("|---|---|---|---|---|---|---|---|---|")
             for name, pairs in found.items():

@@ -71,9 +71,13 @@ class Server:
         """Starts it.
 
         Args:
-            command: Its command line; ``{port}`` in an argument becomes a free port.
+            command: Its command line; ``{port}`` in an argument becomes a free port. Octavo has no drafts unless it
+                says so, since other servers have none.
             env: Additional environment variables.
         """
+        says_so = any(argument.startswith(("--speculative-config", "-sc")) for argument in command)
+        if command[1:3] == ["-m", "api"] and not says_so:
+            command = [*command, "--speculative-config", '{"method": "none"}']
         self.port = free_port()
         self.started = time.monotonic()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115

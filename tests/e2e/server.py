@@ -29,6 +29,8 @@ class Server:
     """``python -m api`` with some flags, in ``cwd``. Leaves no process behind, and says so if one stays."""
 
     def __init__(self, *flags: str, env: dict[str, str] | None = None, cwd: Path = ROOT, module: str = "api") -> None:
+        if not any(flag.startswith("--speculative-config") for flag in flags):  # streams take their time
+            flags = ("--speculative-config", '{"method": "none"}', *flags)
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, "--port", "0", *flags],
             cwd=cwd,

@@ -75,7 +75,7 @@ def outputs(llm: LLM, **fields: Any) -> list[Any]:
 @pytest.mark.timeout(300)
 def test_outputs_do_not_depend_on_drafts(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"dtype": "float32", "kv_cache_memory": "16MiB", "max_model_len": 256}
-    with LLM(str(tiny_model), **options) as llm:
+    with LLM(str(tiny_model), **options, speculative_config={"method": "none"}) as llm:
         expected = outputs(llm)
         free = llm.generate(
             [prompt(number) for number in range(len(KINDS))],
@@ -110,10 +110,11 @@ def test_outputs_do_not_depend_on_drafts(tiny_model: Path, tmp_path: Path, monke
                 found = outputs(llm)
         for number, (got, wanted) in enumerate(zip(found, expected, strict=True)):
             assert got == wanted, f"request {number}, {setup}, {count} drafts, one in {wrong_every} wrong"
-    suffix = {"method": "suffix", "suffix_decoding_min_token_prob": 0}
-    with LLM(str(tiny_model), **options, speculative_config=suffix) as llm:
-        for _ in range(2):  # then drafts come from the first outputs
-            assert outputs(llm) == expected
+    own: dict[str, object] = {"method": "suffix", "suffix_decoding_min_token_prob": 0}
+    for suffix in (own, {}):  # {}: the default
+        with LLM(str(tiny_model), **options, speculative_config=suffix) as llm:
+            for _ in range(2):  # then drafts come from the first outputs
+                assert outputs(llm) == expected
     with LLM(str(tiny_model), **options, speculative_config={"model": str(tiny_model)}) as llm:
         assert outputs(llm) == expected, "the model drafts for itself"
 

@@ -25,7 +25,7 @@ from executor.speculative.step_costs import StepCosts
 from tests import tiny
 from tests.late_device import LateDevice
 from tests.models.harness import random_tokens
-from tests.models.test_late_device import BLOCK_SIZE, MAX_LEN, REQUESTS, Engine, answers, op_set
+from tests.models.test_late_device import BLOCK_SIZE, MAX_LEN, MAX_SEQS, REQUESTS, Engine, answers, op_set
 
 __all__ = ["op_set"]
 
@@ -450,6 +450,21 @@ def test_a_stage_waits_for_the_tokens_before_a_plan_without_drafts() -> None:
 
     assert waits(3, True) and not waits(3, False), "nothing to wait for"
     assert waits(3, True, b"\x03") and not waits(0, True), "nobody proposes drafts"
+
+
+def test_nobody_need_ask_for_drafts_where_they_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    speculative = SpeculativeConfig(method="suffix", num_speculative_tokens=16, is_default=True)
+    late = LateDevice(by_itself=False)
+    for device, family, drafts in (
+        (CpuDevice(), "llama", True),
+        (CpuDevice(), "falcon_h1", False),
+        (late, "llama", False),
+    ):
+        engine = Engine(device, monkeypatch, speculative=speculative, family=family)
+        (ready,) = (answer for answer in engine.answers if isinstance(answer, WorkerReady))
+        runner = engine.worker.runner
+        assert ready.verifies_drafts == (runner.speculation.max_drafts > 0) == drafts
+        assert runner.max_samples == (64 if drafts else MAX_SEQS), "logits take little memory"
 
 
 def test_states_leave_out_drafts_on_cpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,18 @@ def test_drafts_take_nothing_from_others() -> None:
     assert engine.scheduler.num_preemptions <= without.scheduler.num_preemptions
 
 
+def test_a_step_samples_no_more_tokens_than_there_is_room_for() -> None:
+    engine = Engine.create(depth=1, max_draft_tokens=4, max_samples=7, propose=proposer(), num_blocks=128)
+    inputs = [prompt for prompt in prompts(60, 6) if len(expected_output(prompt, 20)) == 20][:3]
+    for index, prompt in enumerate(inputs):
+        engine.scheduler.add_request(make_request(index, prompt, 20))
+    allowed = set()
+    while engine.turn():
+        allowed |= {tuple(plan.num_draft_tokens) for plan, _ in engine.in_flight}
+    assert (1, 1, 1) in allowed and max(len(each) + sum(each) for each in allowed) <= 7
+    assert engine.outputs == {index: expected_output(prompt, 20) for index, prompt in enumerate(inputs)}
+
+
 def test_drafts_leave_the_step_to_whoever_may_start() -> None:
     engine = Engine.create(depth=1, max_num_batched_tokens=12, max_draft_tokens=4, propose=proposer(), num_blocks=128)
     inputs = [prompt for prompt in prompts(60, 6) if len(expected_output(prompt, 40)) == 40][:3]

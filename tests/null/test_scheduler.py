@@ -118,6 +118,7 @@ class Engine:
         groups: tuple[GroupShape, ...] | None = None,
         caching: bool = True,
         max_draft_tokens: int = 0,
+        max_samples: int | None = None,
         propose: Callable[[list[int]], list[int]] = lambda tokens: [],
         num_stages: int = 1,
         **config: object,
@@ -131,6 +132,7 @@ class Engine:
             shape,
             MAX_LEN,
             max_draft_tokens=max_draft_tokens,
+            max_samples=max_samples,
             num_stages=num_stages,
         )
         return cls(scheduler, FakeDevice(shape.groups, VOCAB, STOP, propose), depth)

@@ -11,7 +11,7 @@ import pytest
 import vllm_flags
 
 from api.cli import resolve, serve_parser
-from api.config import GROUPS, ServerConfig, from_environment, make_config, unused_variables
+from api.config import GROUPS, ServerConfig, from_environment, make_config, unused_variables, with_speculation
 from api.flags import ConfigError, options
 from api.vllm_options import FOREIGN, WORKING, Verdict
 from engine_core.config import SpeculativeConfig
@@ -186,9 +186,9 @@ def test_every_foreign_option_does_what_its_verdict_says(option: Any) -> None:
             make_config({option.name: value})
     else:
         config, notes = make_config({option.name: value})
-        assert config == ServerConfig() and len(notes) == (option.verdict is Verdict.NOTED)
+        assert config == with_speculation(ServerConfig()) and len(notes) == (option.verdict is Verdict.NOTED)
     for neutral in (None, *option.neutral):
-        assert make_config({option.name: neutral}) == (ServerConfig(), [])
+        assert make_config({option.name: neutral}) == (with_speculation(ServerConfig()), [])
 
 
 def test_the_table_in_the_documents() -> None:
@@ -224,7 +224,10 @@ def speculation_of(**fields: Any) -> SpeculativeConfig | None:
 
 
 def test_speculative_configs_of_vllm() -> None:
-    assert speculation_of() is None
+    default = speculation_of()
+    assert default is not None and default.method == "suffix" and default.is_default
+    assert speculation_of(method="none") is None
+    assert config_of("--distributed-executor-backend", "simulated")[0].engine.executor.speculative is None
     config, _ = config_of(
         "--speculative-config.method", "suffix", "--speculative-config.suffix_decoding_max_tree_depth", "12"
     )
@@ -270,6 +273,7 @@ def test_draft_heads_are_named_as_vllm_does() -> None:
     ("fields", "message"),
     [
         ({"num_speculative_tokens": 3}, 'method is missing; use "suffix", "ngram", "draft_model", "eagle3" or "mtp"'),
+        ({"method": "none", "num_speculative_tokens": 3}, "num_speculative_tokens is not for the method 'none', which"),
         ({"method": "draft_model"}, "model is missing: one of the same family"),
         ({"method": "eagle3"}, "model is missing: an EAGLE-3 head that was trained for the model"),
         (
