@@ -21,6 +21,7 @@ _SAME_VALUE_FILTERS: Final = ("d", "default", "safe", "string", "trim")
 """Filters whose result still counts as the field itself in the enclosing expression."""
 _TEXT_FILTERS: Final = ("e", "escape", "indent", "lower", "replace", "string", "trim", "upper")
 _OBJECT_FILTERS: Final = ("dictsort", "items", "tojson", "xmlattr")
+_LENGTH_FILTERS: Final = ("count", "length")
 
 _MAX_PASSES: Final = 4
 """Passes over the assignments. Longer chains of names assigned against the order of the source are not followed."""
@@ -69,7 +70,7 @@ def find_uses(tree: nodes.Template) -> TemplateUses:
         knows_developer="developer" in constants,
         reads_is_error="is_error" in constants or any(node.attr == "is_error" for node in tree.find_all(nodes.Getattr)),
         refuses_both=any("both content and thinking" in text for text in constants),
-        has_one_call=calls.are_read_at(tree, 0) and not calls.are_looped_over(tree),
+        has_one_call=calls.are_first_alone(tree),
     )
 
 
@@ -144,11 +145,16 @@ class _Uses:
     def are_looped_over(self, tree: nodes.Node) -> bool:
         return any(self.holds(loop.iter) for loop in tree.find_all(nodes.For))
 
-    def are_read_at(self, tree: nodes.Node, index: int) -> bool:
-        """Whether the template reads the item at a fixed index."""
-        return any(
-            self.holds(node.node) and isinstance(node.arg, nodes.Const) and node.arg.value == index
-            for node in tree.find_all(nodes.Getitem)
+    def are_first_alone(self, tree: nodes.Node) -> bool:
+        """Whether the template reads the first item, and the others in no way."""
+        items = [node.arg for node in tree.find_all(nodes.Getitem) if self.holds(node.node)]
+        filters = (node.name for node in tree.find_all(nodes.Filter) if self.holds(node.node))
+        return (
+            len(items) > 0
+            and all(isinstance(item, nodes.Const) and item.value == 0 for item in items)
+            and all(name in _LENGTH_FILTERS for name in filters)
+            and not self.are_looped_over(tree)
+            and not self.are_texts(tree)
         )
 
     def are_tested(self, tree: nodes.Node) -> bool:

@@ -92,7 +92,7 @@ class PackedCodes(WeightParameter):
 
     def load(self, tensor: Tensor, shard_id: ShardId = None) -> None:
         count = self.counts[shard_id]
-        if self.bits == 3 and tensor.dim() == 2 and tensor.shape[self.along] == -(-count // (32 // self.bits)):
+        if self.bits == 3 and tensor.dim() == 2 and has_unused_bits(tensor, tensor.shape[self.along], count):
             rows = tensor if self.along == 1 else tensor.t().contiguous()
             rows = filled_words(rows, count)
             tensor = rows if self.along == 1 else rows.t()
@@ -109,6 +109,20 @@ class ShapeParameter(WeightParameter):
         super().load(tensor, shard_id)
         if tensor.tolist() != self.sizes[shard_id]:
             raise ValueError(f"is {tensor.tolist()}, the model needs {self.sizes[shard_id]}{MISFIT}")
+
+
+def has_unused_bits(words: Tensor, length: int, count: int) -> bool:
+    """Whether words have ten codes of 3 bits each. A few numbers of codes take as many words if they fill them, such as
+    48 and 80.
+
+    Args:
+        words: int32.
+        length: Words of a stream.
+        count: Codes of a stream.
+    """
+    if length != -(-count // 10) or words.dtype != torch.int32:
+        return False
+    return length != -(-count * 3 // 32) or not (words >> 30).any()
 
 
 def filled_words(words: Tensor, count: int) -> Tensor:

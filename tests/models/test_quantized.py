@@ -18,8 +18,10 @@ import ops
 from executor.base import ModelError
 from executor.imatrix import load as load_plain
 from executor.imatrix import measure
+from executor.layers.parameter import Part, Parts
 from executor.parallel import ParallelState
 from executor.quantization.at_load import QuantizingWeights
+from executor.quantization.compressed_tensors import PackedCodes
 from executor.quantization.packed import PackedWeights
 from executor.quantization.unquantized import PlainLinear
 from executor.supported import check_supported
@@ -32,7 +34,7 @@ from tests.thread_ranks import ThreadRank, on_ranks
 def words_of(numbers: Tensor, bits: int) -> Tensor:
     """int32 [words, columns]: the numbers [rows, columns] of each column as a stream of bits, the lowest first."""
     rows, columns = numbers.shape
-    words = torch.zeros(rows * bits // 32, columns, dtype=torch.int64)
+    words = torch.zeros(-(-rows * bits // 32), columns, dtype=torch.int64)
     for row in range(rows):
         for bit in range(bits):
             word, place = divmod(row * bits + bit, 32)
@@ -342,18 +344,18 @@ def compressed_module(weight: Tensor, config: Mapping[str, Any], order: Tensor) 
     return tensors, numbers
 
 
+def ten_to_a_word(words: Tensor, count: int) -> Tensor:
+    result = torch.zeros(-(-count // 10), words.shape[1], dtype=torch.int64)
+    for index in range(count):
+        bits = [words[(3 * index + bit) // 32].long() >> (3 * index + bit) % 32 & 1 for bit in range(3)]
+        result[index // 10] |= bits[0] + 2 * bits[1] + 4 * bits[2] << 3 * (index % 10)
+    return result.int()
+
+
 def compressed_module_of_old_releases(
     weight: Tensor, config: Mapping[str, Any], order: Tensor
 ) -> tuple[Tensors, Tensor]:
     """Codes of 3 bits, ten to a word of which two bits are unused."""
-
-    def ten_to_a_word(words: Tensor, count: int) -> Tensor:
-        result = torch.zeros(-(-count // 10), words.shape[1], dtype=torch.int64)
-        for index in range(count):
-            bits = [words[(3 * index + bit) // 32].long() >> (3 * index + bit) % 32 & 1 for bit in range(3)]
-            result[index // 10] |= bits[0] + 2 * bits[1] + 4 * bits[2] << 3 * (index % 10)
-        return result.int()
-
     tensors, numbers = compressed_module(weight, config, order)
     tensors["weight_packed"] = ten_to_a_word(tensors["weight_packed"].t(), weight.shape[1]).t()
     tensors["weight_zero_point"] = ten_to_a_word(tensors["weight_zero_point"], weight.shape[0])
@@ -365,6 +367,18 @@ def test_compressed_tensors_of_old_releases(tmp_path: Path) -> None:
     folder, plain = written(tmp_path, compressed_module_of_old_releases, config, lambda name: "layers.1.mlp" in name)
     tokens = random_tokens(9)
     assert torch.equal(logits_of(load(folder, quantization="none"), tokens), logits_of(load(plain), tokens))
+
+
+@pytest.mark.parametrize("count", [16, 48, 80, 96])
+def test_streams_of_3_bits_of_any_release(count: int) -> None:
+    """Some take as many words in old releases."""
+    codes = torch.randint(8, (count, 4), generator=torch.Generator().manual_seed(count))
+    filled = words_of(codes, 3)
+    for words in (filled, ten_to_a_word(filled, count)):
+        parts: Parts = {None: (Part.whole(len(filled)), Part.whole(4))}
+        parameter = PackedCodes.of(parts, 3, {None: count}, 0, torch.device("cpu"))
+        parameter.load(words)
+        assert torch.equal(parameter.data, filled)
 
 
 @pytest.mark.parametrize(

@@ -349,6 +349,21 @@ def test_a_template_of_one_call_sees_all(ids: list[str | None], order: str) -> N
     before, after = ({"role": "user", "content": text} for text in ("hi", "so"))
     assert render(FIRST_CALL, before, asks, *results, after) == expected
     assert uses_of(FIRST_CALL).has_one_call
-    assert not uses_of(
-        "{% for c in messages[0].tool_calls %}{{ messages[0].tool_calls[0].id }}{% endfor %}"
-    ).has_one_call
+    assert uses_of("{{ m.tool_calls[0].id if m.tool_calls | length == 1 }}").has_one_call
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "{% for c in m.tool_calls %}{{ c }}{% endfor %}",
+        "{% for c in m.tool_calls[1:] %}{{ c }}{% endfor %}",
+        "{% for i in range(m.tool_calls | length) %}{{ m.tool_calls[i].id }}{% endfor %}",
+        "{{ m.tool_calls | tojson }}",
+        "{{ m.tool_calls | map(attribute='function') | list }}",
+        "{% set calls = m.tool_calls %}{{ calls }}",
+        "{{ m.tool_calls[1].id }}",
+    ],
+)
+def test_a_template_that_also_reads_the_first_call(rest: str) -> None:
+    """It writes the others, too, and sees the message as it is."""
+    assert not uses_of("{% if m.tool_calls[0].id %}" + rest + "{% endif %}").has_one_call
