@@ -1,9 +1,11 @@
-"""When a team of threads leaves one out, in times that the test makes up."""
+"""When a team of threads leaves one out, in times that the test makes up, and on which cores its threads begin."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +14,18 @@ import pytest
 from ops.cpu.build import FLAGS, SOURCES, find_compiler
 
 SHIM = """
+#include "cores.h"
 #include "team_size.h"
 octavo::TeamSize size;
 extern "C" {
 void begin() { size = octavo::TeamSize(); }
 int next(int most, double now) { return size.next(most, now, 1); }
 void saw(double now, double wall, double stolen, double asleep) { size.saw(now, wall, stolen, asleep); }
+int take(int* cores, int count) {
+    octavo::Cores places(count);
+    for (int i = 0; i < count; ++i) cores[i] = places.take(i);
+    return 0;
+}
 void saw_rest(double now, double wall) { size.saw_rest(now, wall); }
 }
 """
@@ -91,3 +99,19 @@ def test_a_thread_that_is_back_stays(machine: Machine) -> None:
 def test_a_thread_stays_if_calls_take_longer_without_it(machine: Machine) -> None:
     threads = machine.calls(1000, stolen=0.0006)
     assert threads.count(1) < 20, "it was tried"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say which core a thread is on")
+def test_threads_begin_on_cores_of_their_own(library: ctypes.CDLL) -> None:
+    """All of them are this one, which begins where it was before unless it moves."""
+    allowed = os.sched_getaffinity(0)
+    cores = (ctypes.c_int * (len(allowed) + 1))()
+    library.take(cores, len(cores))
+    assert {*cores[: len(allowed)]} == allowed, "each moved to a free core"
+    assert os.sched_getaffinity(0) == allowed, "and may go on anywhere"
+    try:
+        os.sched_setaffinity(0, {cores[0]})
+        library.take(cores, 2)
+        assert cores[0] == cores[1], "there is no other core"
+    finally:
+        os.sched_setaffinity(0, allowed)

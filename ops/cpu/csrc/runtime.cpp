@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <mutex>
 
+#include "cores.h"
 #include "dot.h"
 #include "kernels.h"
 #include "ranks.h"
@@ -150,12 +151,14 @@ void run(const OctavoNode* nodes, int count, const OctavoStep& step, int most, C
         if (most > 1) caller.team_size.saw_rest(seconds(), seconds() - now);
         return;
     }
+    Cores cores(threads);
     const double begin = seconds();
     double stolen = 0.0;
 #pragma omp parallel num_threads(threads) reduction(+ : asleep, stolen)
     {
         double slept = 0.0;
         const double cpu = cpu_seconds();
+        cores.take(omp_get_thread_num());
         run_list(nodes, count, step, {omp_get_thread_num(), omp_get_num_threads(), shared, thread_scratch, slept});
         stolen = std::max(0.0, (seconds() - begin) - (cpu_seconds() - cpu) - slept);
         asleep = slept;
