@@ -66,6 +66,8 @@ SPARE_TOKENS = 32
 """Added to the length of the longest request: prompts of words are of approximate length."""
 IDLE_SHARE = 0.05
 """Processor time of an idle server, in cores, from which it disturbs the others."""
+SETTLE_SECONDS = 3.0
+"""After its first answers, in which a server may still import or compile what later requests want."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,7 @@ class Comparison:
         self._check_idleness()
 
     def _check_idleness(self, seconds: float = 1.0) -> None:
+        time.sleep(SETTLE_SECONDS)
         pids = {name: server.pids() for name, server in self._servers.items()}
         flat = {f"{name} {pid}": pid for name, found in pids.items() for pid in found}
         before = processor_seconds(flat)

@@ -8,8 +8,8 @@ Of each model, given as a GGUF file, the channels are permuted first (``permute_
 bits lie on their grid, which a quantiser would find again. All formats are made of that model. ``octavo eval-quant``
 compares them with it, some at a time, each time beside the model itself; what is done is kept in --folder, and not done
 again. ``--llama-quantize`` names llama.cpp's tool, which writes types that ``octavo quantize`` does not (Q4_K_M).
-Losses do not depend on what else the machine does, speeds do: ``--speeds`` measures them one format right after the
-other, when the losses are known.
+Losses do not depend on what else the machine does, speeds do: ``--speeds`` measures them when the losses are known, one
+format right after the other, in some rounds, and takes the median of each.
 
 *Nearest, all in 4 bits* is rounding to the nearest with tables and logits in 4 bits as well (GGUF's Q4_1): what
 ``--quantization int4`` is measured against.
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,7 @@ AT_ONCE = 5
 """Formats beside the reference in one run."""
 SPEED_TOKENS = 128
 """Of the text, where only speeds are wanted."""
+SPEED_ROUNDS = 3
 TARGET = ROOT / "docs" / "quantization.md"
 README = ROOT / "README.md"
 README_ROWS = ("int8@int8", "Q8_0", "int4@int8", "Q4_K_M")
@@ -97,17 +99,21 @@ class Model:
     def results(self, rows: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The results of ``octavo eval-quant`` by row, bf16 first; a row that cannot run has none."""
         found = self._measured(rows, self.options.max_tokens)
-        speeds = self._measured(rows, SPEED_TOKENS, len(rows)) if self.options.speeds else {}
-        for row in found.keys() & speeds.keys():
-            found[row]["tokens_per_second"] = speeds[row]["tokens_per_second"]
+        rounds = SPEED_ROUNDS if self.options.speeds else 0
+        speeds = [self._measured(rows, SPEED_TOKENS, len(rows), f"speed{number}") for number in range(rounds)]
+        for row in found if speeds else ():
+            found[row]["tokens_per_second"] = statistics.median(each[row]["tokens_per_second"] for each in speeds)
         return found
 
-    def _measured(self, rows: Sequence[str], max_tokens: int, at_once: int = AT_ONCE) -> dict[str, dict[str, Any]]:
+    def _measured(
+        self, rows: Sequence[str], max_tokens: int, at_once: int = AT_ONCE, name: str = ""
+    ) -> dict[str, dict[str, Any]]:
+        """Results by row. ``name``: of those that are kept, unless they are named by the rows."""
         found: dict[str, dict[str, Any]] = {}
         for first in range(0, len(rows), at_once):
             some = rows[first : first + at_once]
             formats = [self.format_of(row) for row in ("bf16", *some)]
-            kept = self.folder / f"{max_tokens}_{'_'.join(some).replace('/', '-')}.json"
+            kept = self.folder / f"{max_tokens}_{name or '_'.join(some).replace('/', '-')}.json"
             if not kept.exists():
                 arguments = ["--max-tokens", str(max_tokens), "--formats", ",".join(formats)]
                 octavo("eval-quant", str(self.file), self.options.text, *arguments, "--json", str(kept))
