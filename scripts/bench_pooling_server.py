@@ -115,7 +115,7 @@ def stream_rate(server: Server, tokens: int, result: list[float]) -> None:
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
     times = [time.perf_counter() for line in response if line.startswith(b"data: {")]
-    result.append((len(times) - 1) / (times[-1] - times[0]))
+    result.append((tokens - 1) / (times[-1] - times[0]))  # events hold one or several
 
 
 def beside(server: Server, client: Client, chat: str, texts: list[str]) -> None:
