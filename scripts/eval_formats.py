@@ -106,14 +106,14 @@ class Model:
         return found
 
     def _measured(
-        self, rows: Sequence[str], max_tokens: int, at_once: int = AT_ONCE, name: str = ""
+        self, rows: Sequence[str], max_tokens: int, at_once: int = AT_ONCE, title: str = ""
     ) -> dict[str, dict[str, Any]]:
-        """Results by row. ``name``: of those that are kept, unless they are named by the rows."""
+        """Results by row. ``title``: of those that are kept, in place of the rows."""
         found: dict[str, dict[str, Any]] = {}
         for first in range(0, len(rows), at_once):
             some = rows[first : first + at_once]
             formats = [self.format_of(row) for row in ("bf16", *some)]
-            kept = self.folder / f"{max_tokens}_{name or '_'.join(some).replace('/', '-')}.json"
+            kept = self.folder / f"{max_tokens}_{title or '_'.join(some).replace('/', '-')}.json"
             if not kept.exists():
                 arguments = ["--max-tokens", str(max_tokens), "--formats", ",".join(formats)]
                 octavo("eval-quant", str(self.file), self.options.text, *arguments, "--json", str(kept))
