@@ -144,8 +144,9 @@ def row_options(row: str) -> dict[str, Any]:
 
 
 def engine_options(base: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a format's engine."""
+    """The options of a format's engine: without drafts unless they are asked for, as speeds are those of the format."""
     values = {**base, "max_logprobs": TOP, "enable_prefix_caching": False, **row}
+    values["speculative_config"] = base.get("speculative_config") or {"method": "none"}
     if values.get("quantization") not in USES_IMATRIX:
         values.pop("imatrix", None)
     return values

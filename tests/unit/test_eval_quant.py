@@ -112,6 +112,12 @@ def test_only_int4_uses_an_imatrix() -> None:
     assert "imatrix" not in engine_options(base, row_options("int8")) and base["imatrix"] == "file"
 
 
+def test_there_are_no_drafts_unless_asked_for() -> None:
+    assert engine_options({"speculative_config": None}, {})["speculative_config"] == {"method": "none"}
+    drafts = {"speculative_config": {"method": "ngram"}}
+    assert engine_options(drafts, {})["speculative_config"] == {"method": "ngram"}
+
+
 def test_texts(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "one"}\n\n{"question": "two", "answer": "three"}\n')
