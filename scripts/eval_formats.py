@@ -158,11 +158,11 @@ def table(
 
 def embeddings(model: str, texts: Sequence[str]) -> str:
     """How far quantised weights turn the vectors of an embedding model."""
-    from api.llm import LLM
+    from api import LLM, PoolingParams
 
     def vectors(**values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
         with LLM(model=model, runner="pooling", **values) as llm:
-            found = llm.embed(list(texts), use_tqdm=False)
+            found = llm.embed(list(texts), use_tqdm=False, pooling_params=PoolingParams(truncate_prompt_tokens=-1))
         result = np.array([each.outputs.embedding for each in found])
         result /= np.linalg.norm(result, axis=1, keepdims=True)
         return result
