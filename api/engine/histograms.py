@@ -6,13 +6,29 @@ Those of ``prometheus_client`` take a lock and compare with each bound, several 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
+
+
+def add_histogram(
+    family: HistogramMetricFamily, values: Sequence[str], bounds: Iterable[float], counts: Iterable[int], total: float
+) -> None:
+    """Adds a series to a family.
+
+    Args:
+        family: The family.
+        values: Of its labels.
+        bounds: Upper bounds of the buckets, ascending.
+        counts: Numbers in each bucket; one more for the rest.
+        total: Sum of all numbers.
+    """
+    names = [*map(floatToGoString, bounds), "+Inf"]
+    family.add_metric(values, list(zip(names, accumulate(counts), strict=True)), sum_value=total)
 
 
 class Histogram:
@@ -50,7 +66,6 @@ class Histograms(Collector):
         """
         self._name, self._text, self._labels = name, text, list(labels)
         self._bounds = tuple(bounds)
-        self._names = [*map(floatToGoString, self._bounds), "+Inf"]
         self._series: dict[tuple[str, ...], Histogram] = {}
         registry.register(self)
 
@@ -64,6 +79,5 @@ class Histograms(Collector):
     def collect(self) -> Iterator[Metric]:
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
         for values, series in list(self._series.items()):
-            buckets = list(zip(self._names, accumulate(series.counts), strict=True))
-            family.add_metric(list(values), buckets, sum_value=series.total)
+            add_histogram(family, values, self._bounds, series.counts, series.total)
         yield family

@@ -24,7 +24,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from api.engine.histograms import Histogram, Histograms
+from api.engine.histograms import Histogram, Histograms, add_histogram
 from api.engine.request_state import RequestState
 from engine_core.messages import EngineReady, SchedulerStats
 
@@ -201,9 +201,7 @@ class _StepCollector(Collector):
         total: float,
     ) -> Metric:
         family = HistogramMetricFamily(name, text, labels=self._names)
-        sums = np.cumsum(counts).tolist()
-        names = [*map(str, bounds), "+Inf"]
-        family.add_metric(self._values, list(zip(names, sums, strict=True)), sum_value=total)
+        add_histogram(family, self._values, bounds, counts.tolist(), total)
         return family
 
 

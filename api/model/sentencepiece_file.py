@@ -12,15 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from api.errors import ModelFileError
+from api.model.folder_tokenizer import add_tokens, content_of, header
 from api.model.gguf_file import GGUFFile
-from api.model.gguf_tokenizer import TOKEN_CONTROL, TOKEN_NORMAL, TOKEN_USER_DEFINED
-from engine_core.launch import read_document, why
+from api.model.gguf_tokenizer import TOKEN_NORMAL
 
 FILE_NAME: Final = "tokenizer.model"
-
-MAX_ADDED: Final = 1 << 16
-"""More tokens than this beyond the file's are a mistake."""
 
 _Value = int | float | bytes
 
@@ -46,27 +42,20 @@ def read_sentencepiece(folder: Path, config: Mapping[str, Any]) -> GGUFFile | No
         ModelFileError: The file cannot be read, or ``added_tokens_decoder`` does not fit it.
     """
     path = folder / FILE_NAME
-    try:
-        content = read_document(path)
-    except FileNotFoundError:
+    content = content_of(path)
+    if content is None:
         return None
-    except (OSError, ValueError) as error:
-        raise ModelFileError(path, why(error) if isinstance(error, OSError) else str(error)) from error
     try:
         model = _model(content)
     except (ValueError, TypeError, struct.error):
         return None  # other tokenizers have files of this name, too
     if model is None:
         return None
-    try:
-        add_tokens(model, config.get("added_tokens_decoder") or {})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelFileError(folder / "tokenizer_config.json", f"added_tokens_decoder: {error!r}") from error
+    add_tokens(model, folder, config)
     for name in ("add_bos_token", "add_eos_token"):
         if isinstance(config.get(name), bool):
             model[name] = config[name]
-    metadata = {f"tokenizer.ggml.{name}": value for name, value in model.items()}
-    return GGUFFile(path=str(path), metadata=metadata, tensors=[])
+    return header(path, model)
 
 
 def _model(content: bytes) -> dict[str, Any] | None:
@@ -104,20 +93,6 @@ def _model(content: bytes) -> dict[str, Any] | None:
         **{name: value for name, value in named.items() if _number(value) < len(tokens)},  # -1: none
         "add_space_prefix": bool(normalizer.get(_ADD_DUMMY_PREFIX, 1)),
     }
-
-
-def add_tokens(model: dict[str, Any], added: Mapping[str, Mapping[str, Any]]) -> None:
-    """Renames pieces, and adds tokens after the last, as ``added_tokens_decoder`` says."""
-    tokens, types, scores = model["tokens"], model["token_type"], model["scores"]
-    for token_id, token in sorted((int(key), value) for key, value in added.items()):
-        if not 0 <= token_id < len(tokens) + MAX_ADDED or not isinstance(token["content"], str):
-            raise ValueError(f"token {token_id} does not follow {len(tokens)} tokens")
-        while len(tokens) <= token_id:
-            tokens.append("")
-            types.append(TOKEN_CONTROL)
-            scores.append(0.0)
-        tokens[token_id] = token["content"]
-        types[token_id] = TOKEN_CONTROL if token.get("special") else TOKEN_USER_DEFINED
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, _Value]]:

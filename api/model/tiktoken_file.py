@@ -15,11 +15,10 @@ from typing import Any, Final
 
 from api.errors import ModelFileError
 from api.model.byte_level import spelled
+from api.model.folder_tokenizer import add_tokens, content_of, header
 from api.model.gguf_file import GGUFFile
 from api.model.gguf_tokenizer import TOKEN_NORMAL
-from api.model.sentencepiece_file import add_tokens
 from api.model.sentencepiece_merges import implied_merges
-from engine_core.launch import read_document, why
 
 FILE_NAME: Final = "tiktoken.model"
 _CLASS: Final = "TikTokenTokenizer"
@@ -42,23 +41,14 @@ def read_tiktoken(folder: Path, config: Mapping[str, Any]) -> GGUFFile | None:
     path = folder / FILE_NAME
     if config.get("tokenizer_class") != _CLASS:
         return None
-    try:
-        content = read_document(path)
-    except FileNotFoundError:
+    content = content_of(path)
+    if content is None:
         return None
-    except (OSError, ValueError) as error:
-        raise ModelFileError(path, why(error) if isinstance(error, OSError) else str(error)) from error
     tokens = _tokens(path, content)
     merges = [" ".join(pair) for pair in implied_merges(tokens, set(tokens))]
     model: dict[str, Any] = {"tokens": tokens, "token_type": [TOKEN_NORMAL] * len(tokens), "scores": []}
-    try:
-        add_tokens(model, config.get("added_tokens_decoder") or {})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelFileError(folder / "tokenizer_config.json", f"added_tokens_decoder: {error!r}") from error
-    model |= {"model": "gpt2", "pre": "kimi-k2", "merges": merges}
-    return GGUFFile(
-        path=str(path), metadata={f"tokenizer.ggml.{name}": each for name, each in model.items()}, tensors=[]
-    )
+    add_tokens(model, folder, config)
+    return header(path, {**model, "model": "gpt2", "pre": "kimi-k2", "merges": merges})
 
 
 def _tokens(path: Path, content: bytes) -> list[str]:

@@ -16,6 +16,7 @@ from engine_core.messages import ResolvedParams, ResolvedPoolingParams
 from executor.adapter_files import adapter_hash
 from executor.attention.recurrent import RecurrentStates
 from executor.config import LoRAConfig, SpeculativeConfig
+from executor.device.base import Device
 from executor.device.cpu import CpuDevice
 from executor.messages import LoadAdapter, LoRARequest, SchedulerOutput
 from tests import tiny
@@ -48,8 +49,9 @@ def states_in_short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 class AdaptedEngine(Engine):
     """Some requests have one of two adapters."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, lora=LoRAConfig(enable_lora=True, max_loras=2, max_lora_rank=8), **options)
+    def __init__(self, device: Device, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+        lora = LoRAConfig(enable_lora=True, max_loras=2, max_lora_rank=8)
+        super().__init__(device, monkeypatch, lora=lora, **options)
         for number in (1, 2):
             path = write_adapter(tiny.checkpoint("llama"), rank=3 * number, seed=number)
             self.worker.handle(LoadAdapter(number, LoRARequest(str(number), number, str(path), adapter_hash(path))))
@@ -59,7 +61,7 @@ class AdaptedEngine(Engine):
             requests = [msgspec.structs.replace(each, lora_id=adapter_of(each.token_ids)) for each in plan.new_reqs]
             return handle(msgspec.structs.replace(plan, new_reqs=tuple(requests)))
 
-        self.worker.handle = handle_adapted  # type: ignore[assignment,method-assign]
+        monkeypatch.setattr(self.worker, "handle", handle_adapted)
 
 
 def adapter_of(token_ids: bytes) -> int:

@@ -236,7 +236,7 @@ def test_a_step_waits_for_those_that_verify_drafts_of_a_grammar(monkeypatch: pyt
                 plan = msgspec.structs.replace(plan, forced_drafts=(forced,))
             return handle(plan)
 
-        engine.worker.handle = force  # type: ignore[assignment,method-assign]
+        monkeypatch.setattr(engine.worker, "handle", force)
         engine.add(0, prompt, ResolvedParams(seed=5, max_tokens=40))
         engine.run()
         assert (engine.scheduler.drafts.num_draft_tokens > 0) == bool(places)

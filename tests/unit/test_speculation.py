@@ -235,6 +235,15 @@ def test_rejected_drafts_take_nothing_from_the_next_request_in_the_slot() -> Non
     assert states.token_ids[2].tolist() == tokens
 
 
+def proposed_after(token: int, slot: int, speculation: Speculation, states: RequestStates) -> Drafts | None:
+    """What is proposed once a step has sampled a token of one slot."""
+    slots = np.array([slot], np.int32)
+    states.set_counts(slots, states.num_computed[slots] + 1, states.num_tokens[slots] + 1)
+    rows = SampleRows(slots, states.num_known[slots], np.zeros(1, np.int32))
+    states.fill(slots, states.epochs[slots], states.num_known[slots], np.array([token]))
+    return speculation.propose(rows, states.epochs[slots], states)
+
+
 def test_texts_that_never_repeat_themselves_are_searched_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     searched: list[int] = []
     propose = SuffixProposer.propose
@@ -249,13 +258,9 @@ def test_texts_that_never_repeat_themselves_are_searched_now_and_then(monkeypatc
     request = NewRequest(2, np.array([1, 2], np.int32).tobytes(), 2, 0, (), params=ResolvedParams(max_tokens=60))
     states.apply(SchedulerOutput(1, b"", b"", b"", new_reqs=(request,)))
     speculation.add(request)
-    slots = np.array([2], np.int32)
 
     def come(token: int) -> bool:
-        states.set_counts(slots, states.num_computed[slots] + 1, states.num_tokens[slots] + 1)
-        rows = SampleRows(slots, states.num_known[slots], np.zeros(1, np.int32))
-        states.fill(slots, states.epochs[slots], states.num_known[slots], np.array([token]))
-        return speculation.propose(rows, states.epochs[slots], states) is not None
+        return proposed_after(token, 2, speculation, states) is not None
 
     assert not any(come(token) for token in range(10, 40))
     assert searched == [*range(3, 12), *range(15, 33, 4)], "each time at first"
@@ -271,18 +276,11 @@ def test_drafts_that_a_plan_did_not_allow_are_gone_after_its_step() -> None:
     for request in requests:
         speculation.add(request)
 
-    def come(slot: int, token: int) -> None:
-        slots = np.array([slot], np.int32)
-        states.set_counts(slots, states.num_computed[slots] + 1, states.num_tokens[slots] + 1)
-        rows = SampleRows(slots, states.num_known[slots], np.zeros(1, np.int32))
-        states.fill(slots, states.epochs[slots], states.num_known[slots], np.array([token]))
-        speculation.propose(rows, states.epochs[slots], states)
-
-    come(1, 2)
+    proposed_after(2, 1, speculation, states)
     assert states.num_drafts[1] > 0
     for token in range(10, 20):
-        come(2, token)  # until nothing is searched for a while
-    come(1, 3)
+        proposed_after(token, 2, speculation, states)  # until nothing is searched for a while
+    proposed_after(3, 1, speculation, states)
     assert states.num_drafts[1] == 0
 
 
@@ -297,15 +295,11 @@ def test_a_slot_alone_gets_the_drafts_that_it_gets_among_others(monkeypatch: pyt
         request = NewRequest(2, np.array([1, 2], np.int32).tobytes(), 2, 0, (), params=ResolvedParams(max_tokens=140))
         states.apply(SchedulerOutput(1, b"", b"", b"", new_reqs=(request,)))
         speculation.add(request)
-        slots = np.array([2], np.int32)
         told: list[tuple[object, int, bool]] = []
-        for token in text:
-            states.set_counts(slots, states.num_computed[slots] + 1, states.num_tokens[slots] + 1)
-            rows = SampleRows(slots, states.num_known[slots], np.zeros(1, np.int32))
-            states.fill(slots, states.epochs[slots], states.num_known[slots], token[None])
-            drafts = speculation.propose(rows, states.epochs[slots], states)
+        for token in text.tolist():
+            drafts = proposed_after(token, 2, speculation, states)
             found = None if drafts is None else (drafts.counts.tolist(), drafts.token_ids.tolist())
-            told.append((found, int(states.num_drafts[2]), speculation.is_expected(slots)))
+            told.append((found, int(states.num_drafts[2]), speculation.is_expected(np.array([2], np.int32))))
         return told
 
     alone = all_drafts()
