@@ -59,7 +59,9 @@ ENVIRONMENT = {
     "OCTAVO_CACHE_DIR": Variable(
         "Folder for compiled kernels, converted weights and those beyond memory. Default: `octavo` in the cache folder."
     ),
-    "OCTAVO_CPU_CAPABILITY": Variable("Kernels to use: amx, avx512bf16, avx512, avxvnni, avx2, portable or reference."),
+    "OCTAVO_CPU_CAPABILITY": Variable(
+        "Kernels to use: amx, avx512bf16, avx512vnni, avx512, avxvnni, avx2, portable or reference."
+    ),
     "CUDA_VISIBLE_DEVICES": Variable("GPUs that workers may use, the first one first."),
     "HIP_VISIBLE_DEVICES": Variable("The same of AMD."),
     "NCCL_SOCKET_IFNAME": Variable("Interface on which workers on GPUs find each other. Default: lo."),

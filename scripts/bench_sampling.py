@@ -92,7 +92,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--seconds", type=float, default=0.3, help="seconds per measurement")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--capability", help="amx, avx512bf16, avx512, avxvnni, avx2 or portable; default: the best")
+    parser.add_argument(
+        "--capability", help="amx, avx512bf16, avx512vnni, avx512, avxvnni, avx2 or portable; default: the best"
+    )
     parser.add_argument("--no-torch", action="store_true", help="skip the slow comparison")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

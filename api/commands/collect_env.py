@@ -33,7 +33,18 @@ PACKAGES = (
     "uvloop",
     "triton",
 )
-INTERESTING_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "sve", "asimd")
+INTERESTING_FLAGS = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx_vnni",
+    "amx_bf16",
+    "amx_int8",
+    "sve",
+    "asimd",
+)
 VARIABLES = re.compile(r"(OCTAVO|VLLM|OMP|MKL|KMP|GOMP|CUDA|HF|TORCH)_\w+")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD")
 TIMEOUT = 600

@@ -194,15 +194,33 @@ def test_capabilities_need_what_their_flags_use(monkeypatch: pytest.MonkeyPatch)
     order: list[tuple[str, Callable[[str], bool]]] = [
         ("amx", lambda flag: True),
         ("avx512bf16", lambda flag: "amx" not in flag),
-        ("avx512", lambda flag: "amx" not in flag and "bf16" not in flag),
+        ("avx512vnni", lambda flag: "amx" not in flag and "bf16" not in flag),
+        ("avx512", lambda flag: "amx" not in flag and "bf16" not in flag and "vnni" not in flag),
         ("avxvnni", lambda flag: "512" not in flag and "amx" not in flag),
         ("avx2", lambda flag: "512" not in flag and "amx" not in flag and "vnni" not in flag),
         ("portable", lambda flag: False),
     ]
     everything = frozenset().union(*(capability.needs for capability in build.CAPABILITIES.values()))
+    monkeypatch.setattr(build, "cpu_vendor", lambda: "AuthenticAMD")
     for name, has in order:
         monkeypatch.setattr(build, "cpu_flags", lambda has=has: frozenset(filter(has, everything)))
         assert build.available()[0].name == name
+
+
+def test_intel_cpus_without_amx_multiply_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of Golden Cove and later do twice as many float products; Cooper Lake, without AVX-VNNI, does not."""
+
+    def names(vendor: str, lacks: str) -> list[str]:
+        monkeypatch.setattr(build, "cpu_vendor", lambda: vendor)
+        monkeypatch.setattr(build, "cpu_flags", lambda: frozenset(flag for flag in everything if lacks not in flag))
+        return [capability.name for capability in build.available()]
+
+    everything = frozenset().union(*(capability.needs for capability in build.CAPABILITIES.values()))
+    rest = ["avx512", "avxvnni", "avx2", "portable"]
+    assert names("GenuineIntel", "amx") == ["avx512vnni", "avx512bf16", *rest]
+    assert names("GenuineIntel", "no such flag")[0] == "amx"
+    assert names("GenuineIntel", "avx_vnni")[:2] == ["amx", "avx512bf16"]
+    assert names("AuthenticAMD", "amx") == ["avx512bf16", "avx512vnni", *rest]
 
 
 def test_unknown_capability() -> None:
