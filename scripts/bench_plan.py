@@ -39,8 +39,9 @@ def main() -> int:
     options = parser.parse_args()
     config, _ = make_config({"model": options.model, "dtype": options.dtype})
     model = with_model(config, find_model(config)).engine.executor.model
-    context = CONTEXT - options.steps // 2
-    longest = CONTEXT + options.steps + 1
+    num_steps = options.runs * options.steps
+    context = CONTEXT - num_steps // 2
+    longest = CONTEXT + num_steps + 1
     step_size = StepSize(max_num_seqs=max(options.streams), max_num_batched_tokens=512)
     executor = ExecutorConfig(model=model, step_size=step_size)
     survey = plan.survey(executor, ParallelState())
@@ -52,9 +53,9 @@ def main() -> int:
     print(f"weights {survey.ready.weight_bytes} bytes, {'as' if is_exact else 'NOT AS'} loaded")
     ratios: dict[int, list[float]] = {count: [] for count in options.streams}
     times: dict[int, list[float]] = {count: [] for count in options.streams}
-    for _ in range(options.runs):
-        for count in options.streams:
-            steps.fill(count, context)
+    for count in options.streams:
+        steps.fill(count, context)
+        for _ in range(options.runs):
             before = plan.measure_bandwidth(survey).bytes_per_s
             measured = statistics.median(steps.run(list(range(count)), [1] * count) for _ in range(options.steps))
             after = plan.measure_bandwidth(survey).bytes_per_s
