@@ -60,9 +60,10 @@ from executor.messages import (
 from executor.model_runner import ModelRunner, PendingOutput, StartedStep
 from executor.multiproc import LISTENER, STORE, WorkerLaunch
 from executor.nodes.addresses import host_and_port
+from executor.nodes.gloo import GlooLinks, GlooMeeting, meeting_of
 from executor.nodes.links import NetworkLinks
 from executor.nodes.ranks import join_machines
-from executor.parallel import RANKS, RENDEZVOUS, STAGES, ParallelState, leaders, near_place, num_sharers, places
+from executor.parallel import RANKS, RENDEZVOUS, STAGES, ParallelState, near_place, num_sharers, places
 from executor.process import read_descriptors, read_payload
 from executor.readiness import worker_ready
 from executor.stages import Stage, StageRoom, connect
@@ -111,6 +112,9 @@ class Worker:
         """
         self._descriptors = descriptors or {}
         self._links = links
+        self._meeting: GlooMeeting | None = None
+        """On rank 0, it has the store through which others meet, too."""
+        self._stage_links: GlooLinks | None = None
         self._kv_memory: KVMemory | None = None
         self.parallel = parallel
         self.rank = parallel.rank
@@ -195,17 +199,16 @@ class Worker:
                     f"--nnodes {config.nnodes} --device {device.name}: NCCL encrypts nothing; name an interface in a "
                     "network that you trust with --private-interface"
                 )
-            if config.private_interface and device.shares_memory and len(leaders(ranks, self.parallel)) == 1:
-                raise ModelError(
-                    f"--private-interface {config.private_interface}: pipeline stages on CPUs use encrypted "
-                    "connections; omit it"
-                )
             if config.private_interface and self.rank == 0:
                 logger.warning("what goes over %s is neither encrypted nor asks for a key", config.private_interface)
             self._links.check()
             if device.shares_memory:
                 near = device.communicator(near_place(ranks, self.parallel))
-                return join_machines(ranks, self.parallel, near, self._links, config.private_interface)
+                meeting = self._meeting = meeting_of(self._links, self.parallel, config.private_interface)
+                communicator = join_machines(ranks, self.parallel, near, self._links, meeting)
+                if meeting is not None:
+                    self._stage_links = GlooLinks(self._links, meeting, ranks, self.rank)
+                return communicator
         return device.communicator(self.parallel)
 
     def _connect(self, loaded: LoadedModel, device: Device, communicator: Communicator) -> Stage:
@@ -216,7 +219,9 @@ class Worker:
         room = StageRoom(size.max_in_flight_steps, max_tokens, max_samples)
         hidden = Spec("tokens", loaded.hf_config.hidden_size, loaded.dtype)
         transfer = device.stage_transfer()
-        return connect(self.parallel, self._descriptors, hidden, room, communicator, self._links, transfer)
+        return connect(
+            self.parallel, self._descriptors, hidden, room, communicator, self._stage_links or self._links, transfer
+        )
 
     def _load(self, device: Device, communicator: Communicator) -> LoadedModel:
         """Loads this rank's share of the model."""
@@ -399,6 +404,9 @@ class Worker:
         if self._connector is not None:
             self._connector.close()
             self._connector = None
+        if self._stage_links is not None:
+            self._stage_links.close()
+            self._stage_links = None
 
     def run(self, receive: Callable[[Sequence[int]], ToWorker | None]) -> int:
         """Starts the worker, then handles messages until one asks it to exit.

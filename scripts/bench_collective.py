@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ops
 from executor.config import ParallelConfig
 from executor.multiproc import Network
+from executor.nodes.gloo import meeting_of
 from executor.nodes.head import open_listeners
 from executor.nodes.links import NetworkLinks
 from executor.nodes.ranks import join_machines
@@ -61,7 +62,7 @@ def measure(way: str, options: argparse.Namespace) -> None:
         else:
             links = NetworkLinks(network, ranks, own, listeners)
             links.check()
-            run(join_machines(ranks, own, SingleRank(), links, interface), way, options)
+            run(join_machines(ranks, own, SingleRank(), links, meeting_of(links, own, interface)), way, options)
         sys.stdout.flush()
         os.close(running)
         os.read(ended, 1)  # what this rank has sent last may be under way to others

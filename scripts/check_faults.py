@@ -8,9 +8,10 @@
 The engine core, workers and helpers take turns, and so do the signals. The next kill comes up to a second after the
 server is ready again, so that some of them hit a restart. What stands after ``--`` goes to the server. With
 ``--machines``, the second of two pipeline stages is on another machine, whose agent and worker are killed, too; an
-agent that was stopped is killed once it counts as lost. With ``--layers``, each machine has half of every layer. With
-``--ray``, Ray provides that machine (with the package in this interpreter), and its node is killed as well. With
-``--engines``, each machine has an engine of its own, also with ``--ray``.
+agent that was stopped is killed once it counts as lost. With ``--stages gloo``, Gloo moves their hidden states. With
+``--layers``, each machine has half of every layer. With ``--ray``, Ray provides that machine (with the package in this
+interpreter), and its node is killed as well. With ``--engines``, each machine has an engine of its own, also with
+``--ray``.
 """
 
 from __future__ import annotations
@@ -261,13 +262,17 @@ def main() -> int:
     parser.add_argument(
         "--layers", choices=["links", "gloo"], help="on two machines that divide each layer, and how they exchange it"
     )
+    parser.add_argument(
+        "--stages", choices=["links", "gloo"], help="on two machines with a pipeline stage each, and how states travel"
+    )
     parser.add_argument("--engines", action="store_true", help="on two machines with an engine each; needs root")
     parser.add_argument("--ray", action="store_true", help="on two machines of a Ray cluster; needs root, and ray")
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser.parse_args(arguments[:split])
     model = tiny_model() if options.tiny else options.model
-    far = {**FAR_TITLES, **RAY_TITLES} if options.ray else FAR_TITLES if options.machines or options.layers else {}
+    is_far = options.machines or options.layers or options.stages
+    far = {**FAR_TITLES, **RAY_TITLES} if options.ray else FAR_TITLES if is_far else {}
     if options.engines:
         far = {**ENGINE_TITLES, **RAY_TITLES} if options.ray else ENGINE_TITLES
         titles.update(far)
@@ -277,7 +282,7 @@ def main() -> int:
     with signals_as_exceptions(), contextlib.ExitStack() as stack:
         others = []
         if far:
-            if options.layers == "gloo":
+            if "gloo" in (options.layers, options.stages):
                 flags += ["--private-interface", CABLE]
             share = "-tp" if options.layers else "-pp"
             shape: dict[str, Any] = {"has_engine": options.engines, "share": share}

@@ -14,6 +14,7 @@ import torch
 import ops
 from executor.config import ParallelConfig
 from executor.multiproc import Network
+from executor.nodes.gloo import meeting_of
 from executor.nodes.head import open_listeners
 from executor.nodes.links import LinkError, NetworkLinks
 from executor.nodes.ranks import MachineRank, join_machines
@@ -72,7 +73,7 @@ def on_machines(num_ranks: int, nnodes: int, run: Callable[[MachineRank], T], in
             near = SharedRank(library, memory[own.node_rank], place.tp_rank, place.tp_size)
         try:
             links.check(CHECK_TIMEOUT)
-            rank = join_machines(ranks, own, near, links, interface)
+            rank = join_machines(ranks, own, near, links, meeting_of(links, own, interface))
             assert isinstance(rank, MachineRank)
             return run(rank)
         except BaseException:

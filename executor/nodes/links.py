@@ -33,6 +33,11 @@ class LinkError(RuntimeError):
     """A link does not work."""
 
 
+def broken(expected: int, number: int) -> LinkError:
+    """What to raise if another message comes than the one that was expected."""
+    return LinkError(f"the connection to another machine broke: message {expected} is missing, message {number} came")
+
+
 class NetworkTarget:
     """See ``executor.stages.StageTarget``."""
 
@@ -84,15 +89,18 @@ class NetworkSource:
             self._messages.append(frames)
             self._count += 1
 
-    def take(self, step_id: int) -> Tensor:
+    def next(self) -> tuple[int, Tensor]:
+        """The next message, which has come: its number, and uint8 [bytes]."""
         first, *others = self._messages.popleft()
         (number,) = _NUMBER.unpack_from(first)
-        if number != step_id:
-            raise LinkError(
-                f"the connection to another machine broke: message {step_id} is missing, message {number} came"
-            )
         data = bytearray().join([memoryview(first)[_NUMBER.size :], *others])
-        return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        return number, torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+    def take(self, step_id: int) -> Tensor:
+        number, data = self.next()
+        if number != step_id:
+            raise broken(step_id, number)
+        return data
 
     def receive(self, number: int) -> Tensor:
         """Waits for the next message, which has this number: uint8 [bytes].

@@ -14,8 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from executor.multiproc import STORE
-from executor.nodes.gloo import GlooGather
+from executor.nodes.gloo import GlooGather, GlooMeeting
 from executor.nodes.links import NetworkLinks, NetworkSource, NetworkTarget
 from executor.parallel import ParallelState, columns_event, leaders
 from executor.stages import as_bytes
@@ -148,7 +147,11 @@ def _united(x: Tensor, width: int) -> Tensor:
 
 
 def join_machines(
-    ranks: Sequence[ParallelState], own: ParallelState, near: Communicator, links: NetworkLinks, interface: str = ""
+    ranks: Sequence[ParallelState],
+    own: ParallelState,
+    near: Communicator,
+    links: NetworkLinks,
+    meeting: GlooMeeting | None = None,
 ) -> Communicator:
     """Connects a rank with those of its stage on other machines.
 
@@ -157,7 +160,7 @@ def join_machines(
         own: The place of this one.
         near: Connects those of its machine.
         links: With ranks of other machines.
-        interface: ``--private-interface``: what leaders exchange goes over it, not encrypted. Empty: over the links.
+        meeting: Where leaders meet who exchange columns by Gloo, not encrypted. None: the links take them.
 
     Raises:
         PeerLostError: The others cannot be reached.
@@ -169,10 +172,8 @@ def join_machines(
     of_stage = [each.node_rank for each in ranks if each.pp_rank == own.pp_rank]
     place = nodes.index(own.node_rank)
     far: Gather | None = None
-    if near.rank == 0 and interface:
-        listener = links.listeners.get(STORE) if own.rank == 0 else None
-        group = str(own.pp_rank)
-        far = GlooGather(interface, links.network.endpoints[STORE], listener, group, place, nodes)
+    if near.rank == 0 and meeting is not None:
+        far = GlooGather(meeting, f"columns.{own.pp_rank}", place, nodes)
     elif near.rank == 0:
         targets = [links.targets.get(columns_event(each.rank, own.rank)) for each in first]
         sources = [links.sources.get(columns_event(own.rank, each.rank)) for each in first]

@@ -20,7 +20,7 @@ from executor.config import ExecutorConfig
 from executor.device.base import create_device
 from executor.fingerprint import fingerprint
 from executor.nodes.addresses import listen
-from executor.nodes.gloo import GlooGather
+from executor.nodes.gloo import GlooGather, GlooMeeting
 from executor.nodes.ranks import MachineRank
 from executor.parallel import ParallelState
 from ops import PeerLostError
@@ -108,7 +108,7 @@ def test_a_machine_that_does_not_reach_the_others_is_named(monkeypatch: pytest.M
     monkeypatch.setattr("executor.nodes.gloo.CONNECT_TIMEOUT", timedelta(milliseconds=10))
     descriptor, endpoint = listen("127.0.0.1")
     with pytest.raises(PeerLostError, match=f"^--private-interface lo: {endpoint} cannot be reached by machine 3 "):
-        GlooGather("lo", endpoint, descriptor, "0", 0, (2, 3))
+        GlooGather(GlooMeeting("lo", endpoint, descriptor), "0", 0, (2, 3))
 
 
 def test_where_others_are_changes_no_bit() -> None:

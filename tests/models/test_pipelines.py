@@ -72,6 +72,7 @@ def expected() -> list[Any]:
         (1, 3, {}),
         (2, 2, {}),
         (2, 3, {"nnodes": 2}),
+        (2, 3, {"nnodes": 2, "interface": "lo"}),
         (2, 1, {"nnodes": 2}),
         (2, 2, {"nnodes": 4, "interface": "lo"}),
     ],

@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from executor.base import ModelError
-from executor.config import ExecutorConfig, ParallelConfig
+from executor.config import ExecutorConfig
 from executor.device import cuda
-from executor.device.base import create_device
 from executor.device.cuda import CudaDevice, CudaSteps, joined
-from executor.parallel import ParallelState, places
+from executor.parallel import ParallelState
 from executor.worker import Worker
 from tests.stub_cuda import Event, Graph, stubbed
 
@@ -185,14 +184,6 @@ def test_gpus_of_several_machines_need_a_trusted_network() -> None:
     worker = Worker(ParallelState(), ExecutorConfig(), lambda message: None, links=links)
     with pytest.raises(ModelError, match=r"--device cuda: NCCL encrypts nothing; .* with --private-interface$"):
         worker._meet(CudaDevice())
-
-
-def test_an_interface_for_stages_of_cpus_is_refused() -> None:
-    links: Any = object()
-    parallel = ParallelConfig(pipeline_parallel_size=2, nnodes=2, private_interface="eth1")
-    worker = Worker(places(parallel)[1], ExecutorConfig(parallel=parallel), lambda message: None, links=links)
-    with pytest.raises(ModelError, match="^--private-interface eth1: pipeline stages on CPUs use encrypted"):
-        worker._meet(create_device("cpu"))
 
 
 @pytest.mark.parametrize("version", [(2, 27, 3), (2, 29, 0)])
