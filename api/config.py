@@ -483,7 +483,7 @@ class ServerConfig(Config, frozen=True):
             description="How many of them are on this machine; the others run on machines that join with --headless. "
             "Default: all; with --data-parallel-rank or --data-parallel-backend ray, one; with --headless, those from "
             "--data-parallel-start-rank on.",
-            extra={"group": "Engine"},
+            extra={"flags": ["-dpl"], "group": "Engine"},
         ),
     ] = None
     data_parallel_address: Annotated[
@@ -491,17 +491,23 @@ class ServerConfig(Config, frozen=True):
         Meta(
             description="Address of the machine that serves the API, at which those with other engines join it. Needs "
             "--cluster-key.",
-            extra={"group": "Machines"},
+            extra={"flags": ["-dpa"], "group": "Machines"},
         ),
     ] = ""
     data_parallel_rpc_port: Annotated[
-        int, Meta(ge=1, le=65535, description="Port on which it waits for them.", extra={"group": "Machines"})
+        int,
+        Meta(
+            ge=1,
+            le=65535,
+            description="Port on which it waits for them.",
+            extra={"flags": ["-dpp"], "group": "Machines"},
+        ),
     ] = 29550
     data_parallel_start_rank: Annotated[
         Annotated[int, Meta(ge=0)] | None,
         Meta(
             description="With --headless or --data-parallel-hybrid-lb: number of the first engine on this machine.",
-            extra={"group": "Machines"},
+            extra={"flags": ["-dpr"], "group": "Machines"},
         ),
     ] = None
     headless: Annotated[
@@ -516,7 +522,7 @@ class ServerConfig(Config, frozen=True):
         Meta(
             description="Where engines come from that are not on this machine. mp: machines that join with --headless. "
             "ray: machines that a Ray cluster provides, with --data-parallel-size-local engines each.",
-            extra={"group": "Machines"},
+            extra={"flags": ["-dpb"], "group": "Machines"},
         ),
     ] = "mp"
     data_parallel_hybrid_lb: Annotated[
@@ -524,21 +530,21 @@ class ServerConfig(Config, frozen=True):
         Meta(
             description="Serve the --data-parallel-size-local engines of this machine, from --data-parallel-start-rank "
             "on, behind a load balancer of your own that has a server on each machine.",
-            extra={"group": "Engine"},
+            extra={"flags": ["-dph"], "group": "Engine"},
         ),
     ] = False
     data_parallel_rank: Annotated[
         Annotated[int, Meta(ge=0)] | None,
         Meta(
             description="Run one of the --data-parallel-size engines, behind a load balancer of your own.",
-            extra={"group": "Engine"},
+            extra={"flags": ["-dpn"], "group": "Engine"},
         ),
     ] = None
     data_parallel_external_lb: Annotated[
         bool,
         Meta(
             description="Say that there is such a balancer; needs --data-parallel-rank, which implies it.",
-            extra={"group": "Engine"},
+            extra={"flags": ["-dpe"], "group": "Engine"},
         ),
     ] = False
     metrics_require_key: Annotated[bool, Meta(description="Require an API key for /metrics and /load as well.")] = False

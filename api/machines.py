@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
+import socket
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,7 +27,19 @@ PLACE = ("nnodes", "node_rank", "master_addr")
 """Options that ``place_from`` may give."""
 PROCESSES = ("mp", "ray")
 """Backends whose workers are processes."""
-WILDCARDS = ("0.0.0.0", "::", "*")
+
+
+def is_wildcard(address: str) -> bool:
+    """Whether it means all addresses of a machine, in any spelling: ``0.0.0.0``, ``0``, ``[::]``. Names are not looked
+    up."""
+    host = address.strip("[]")
+    if host == "*":
+        return True
+    try:
+        found = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST) if host else []
+    except OSError:
+        return False
+    return any(ipaddress.ip_address(str(each[4][0])).is_unspecified for each in found)
 
 
 def first_host(names: str) -> str:
@@ -157,11 +171,11 @@ def check_machines(engine: EngineConfig, num_replicas: int, replica_backend: str
             f"--nnodes {nnodes} needs --cluster-key FILE, the same file on all machines; octavo cluster-key FILE makes "
             "one"
         )
-    if parallel.master_addr in WILDCARDS or not (parallel.master_addr or backend == "ray"):
+    if is_wildcard(parallel.master_addr) or not (parallel.master_addr or backend == "ray"):
         raise ConfigError(
             f"--nnodes {nnodes} needs --master-addr: the address of machine 0 at which the others reach it"
         )
-    if parallel.node_address in WILDCARDS:
+    if is_wildcard(parallel.node_address):
         raise ConfigError(f"--node-address {parallel.node_address}: must be one address of this machine")
     if rank >= nnodes:
         raise ConfigError(f"--node-rank {rank}: must be less than --nnodes, which is {nnodes}")

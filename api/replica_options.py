@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from api.flags import ConfigError
-from api.machines import WILDCARDS, check_ray_address
+from api.machines import check_ray_address, is_wildcard
 from engine_core.config import EngineConfig
 
 
@@ -131,7 +131,7 @@ def _check_replica_machines(config: ReplicaOptions) -> None:
             "--enable-lora: adapters are files of one machine; engines on others cannot load them; omit it"
         )
     has_ray = config.data_parallel_backend == "ray"  # which knows the address, and hands out a key
-    if config.data_parallel_address in WILDCARDS or not (config.data_parallel_address or has_ray):
+    if is_wildcard(config.data_parallel_address) or not (config.data_parallel_address or has_ray):
         raise ConfigError(
             "engines on other machines need --data-parallel-address: the address of the machine that serves the API, "
             "as the others reach it. To serve each engine by itself, behind a load balancer, use --data-parallel-rank"

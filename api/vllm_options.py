@@ -216,7 +216,7 @@ TABLE = (
         Verdict.REFUSED,
         "one API process serves all engines, on machines that --headless adds; or start a server with "
         "--data-parallel-rank on each machine, behind a load balancer",
-        "data_parallel_multi_port_external_lb:bool data_parallel_supervisor_port "
+        "-dpm data_parallel_multi_port_external_lb:bool data_parallel_supervisor_port "
         "enable_elastic_ep:bool elastic_ep_max_dp_size "
         "enable_fault_tolerance:bool",
     ),

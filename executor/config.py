@@ -253,7 +253,7 @@ class ParallelConfig(Config, frozen=True):
         Meta(
             description="Number of machines that share the model: each has consecutive pipeline stages, or, with more "
             "machines than stages, workers of one. Start the same command on each.",
-            extra={"group": "Machines"},
+            extra={"flags": ["-n"], "group": "Machines"},
         ),
     ] = 1
     node_rank: Annotated[
@@ -261,7 +261,7 @@ class ParallelConfig(Config, frozen=True):
         Meta(
             ge=0,
             description="Which of the machines this is. 0 serves the API; the others run workers, as it tells them.",
-            extra={"group": "Machines"},
+            extra={"flags": ["-r"], "group": "Machines"},
         ),
     ] = 0
     master_addr: Annotated[
@@ -292,9 +292,9 @@ class ParallelConfig(Config, frozen=True):
     private_interface: Annotated[
         str,
         Meta(
-            description="Network interface of this machine, such as eth1, in a network that you trust. Machines that "
-            "divide layers exchange columns over it by Gloo, not encrypted. Default: over encrypted connections, which "
-            "are quicker for few tokens and slower for long prompts in fast networks. GPUs need it.",
+            description="Network interface of this machine, such as eth1, in a network that you trust. Columns "
+            "of layers and hidden states of stages then travel over it by Gloo, not encrypted. Default: over encrypted "
+            "connections, which are quicker for few tokens and slower for long prompts in fast networks. GPUs need it.",
             extra={"group": "Machines"},
         ),
     ] = ""

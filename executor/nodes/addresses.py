@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import ipaddress
 import socket
@@ -65,10 +66,13 @@ def numeric(host: str) -> str:
     """The first address of a host, of which others than this machine can reach it if there is one.
 
     Raises:
-        OSError: The name is unknown.
+        OSError: The name is unknown, or means all addresses of a machine.
     """
     found = [str(each[4][0]) for each in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
-    return min(found, key=lambda address: ipaddress.ip_address(address.partition("%")[0]).is_loopback)
+    parsed = {address: ipaddress.ip_address(address.partition("%")[0]) for address in found}
+    if any(address.is_unspecified for address in parsed.values()):
+        raise OSError(errno.EADDRNOTAVAIL, "means all addresses of this machine; give the one at which others reach it")
+    return min(found, key=lambda address: parsed[address].is_loopback)
 
 
 def address_towards(host: str, port: int) -> str:

@@ -57,6 +57,22 @@ def test_keys_of_json_objects_are_flags_too() -> None:
     }
 
 
+def test_short_flags_of_vllm() -> None:
+    """All those of engines, ranks and machines."""
+    place = ["-dpa", "10.0.0.1", "-dpp", "5000", "-dpr", "1", "-dpb", "mp", "--headless", "--cluster-key", "key"]
+    config, notes = config_of("-dp", "3", "-dpl", "2", *place, "-tp", "1", "-pp", "1")
+    assert (config.data_parallel_size, config.data_parallel_size_local, config.data_parallel_start_rank) == (3, 2, 1)
+    assert (config.data_parallel_address, config.data_parallel_rpc_port) == ("10.0.0.1", 5000)
+    config, _ = config_of("-dp", "2", "-dpn", "1", "-dpe")
+    assert config.data_parallel_rank == 1 and config.data_parallel_external_lb
+    assert config_of("-dp", "2", "-dpl", "1", "-dph")[0].data_parallel_hybrid_lb
+    config, _ = config_of("-n", "2", "-r", "1", "-pp", "2", "--master-addr", "10.0.0.1", "--cluster-key", "key")
+    assert (config.engine.executor.parallel.nnodes, config.engine.executor.parallel.node_rank) == (2, 1)
+    assert not notes
+    with pytest.raises(ConfigError, match="--data-parallel-multi-port-external-lb: one API process"):
+        config_of("-dpm")
+
+
 def test_every_default_is_valid() -> None:
     for option in options(ServerConfig):
         assert option.convert(option.default) == option.default, option.flag
