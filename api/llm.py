@@ -473,8 +473,8 @@ class LLM:
         use_tqdm: bool = True,
         lora_request: LoRARequest | None = None,
     ) -> list[ScoringRequestOutput]:
-        """Scores text pairs with a cross-encoder, or by late interaction; with other models, by the cosine similarity
-        of their embeddings.
+        """Scores text pairs with a cross-encoder, or by late interaction; with other models, by the similarity of their
+        embeddings: the cosine, unless the model's files name another.
 
         Args:
             data_1: One prompt to compare with each of ``data_2``, or as many prompts as ``data_2``.

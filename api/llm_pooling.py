@@ -14,7 +14,6 @@ from api.errors import RequestError
 from api.generation.adapters import Adapters
 from api.generation.served_model import ServedModel
 from api.llm_inputs import Input, text_of
-from api.model.late_interaction import max_sim
 from api.model.tokenizer import NOTHING_ADDED
 from api.params.lora import LoRARequest
 from api.params.pooling import (
@@ -25,7 +24,6 @@ from api.params.pooling import (
     PoolingTask,
     ScoringOutput,
     ScoringRequestOutput,
-    cosine,
     is_cross_encoder,
     pair_up,
 )
@@ -138,7 +136,7 @@ class PoolingRunner:
             pooled = await self._pool_late(sides, params, resolved, use_tqdm)
         else:
             pooled = await self.run([*first, *second], params, use_tqdm)
-        compare = cosine if model.sentences.late is None else max_sim
+        compare = model.similarity
         for one, other in ((pooled[i], pooled[len(first) + j]) for i, j in pairs):
             score = ScoringOutput(compare(one.outputs.data, other.outputs.data))
             ids = one.prompt_token_ids + other.prompt_token_ids

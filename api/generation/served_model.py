@@ -29,8 +29,9 @@ from api.media.fetch import MediaAccess
 from api.media.model_images import MAX_IMAGES, ModelImages
 from api.model.chat_template import ChatTemplate
 from api.model.files import ModelFiles
-from api.model.late_interaction import LatePrompt, Side
+from api.model.late_interaction import LatePrompt, Side, max_sim
 from api.model.pooler import merge_pooler
+from api.model.similarity import SIMILARITIES, Similarity
 from api.model.tokenizer import Tokenizer
 from api.params.defaults import default_params
 from api.params.pooling import (
@@ -206,7 +207,20 @@ class ServedModel:
                 "the task token_embed",
                 "task",
             )
+        if task == "embed" and params.dimensions is None:
+            params = msgspec.structs.replace(params, dimensions=self.default_dimensions)
         return resolve_task(task, params, self.pooler, self.limits)
+
+    @property
+    def default_dimensions(self) -> int | None:
+        """The length to which the model's files truncate vectors of texts; None: they do not."""
+        dimensions = self.sentences.dimensions
+        return dimensions if dimensions is None else min(dimensions, self.limits.hidden_size)
+
+    @property
+    def similarity(self) -> Similarity:
+        """How two texts are compared: by their vectors, or those of their tokens."""
+        return SIMILARITIES[self.sentences.similarity] if self.sentences.late is None else max_sim
 
     @property
     def usual_task(self) -> PoolingTask:
@@ -292,7 +306,14 @@ class ServedModel:
         return self.tokenizer.encode(text.lower() if self.sentences.lowers else text, add_special_tokens)
 
     async def tokenize_pair(
-        self, first: str, second: str, *, max_tokens: int = 0, max_second: int = 0, instruction: str | None = None
+        self,
+        first: str,
+        second: str,
+        *,
+        max_tokens: int = 0,
+        max_first: int = 0,
+        max_second: int = 0,
+        instruction: str | None = None,
     ) -> tuple[list[int], int]:
         """Token ids of a query and a document; see ``Tokenizer.encode_pair``.
 
@@ -300,6 +321,7 @@ class ServedModel:
             first: The query.
             second: The document.
             max_tokens: See there.
+            max_first: See there.
             max_second: See there.
             instruction: What counts as relevant, if the model has a template.
 
@@ -310,10 +332,17 @@ class ServedModel:
         check_number(length, max(MAX_TEXT_CHARS, self.limits.max_model_len), "prompt", "characters")
         if self.sentences.lowers:
             first, second = first.lower(), second.lower()
-        encode = partial(self.tokenizer.encode_pair, first, second, max_tokens, max_second)
+        encode = partial(self.tokenizer.encode_pair, first, second, max_tokens, max_second, max_first)
         if self.pair_template is not None:
             encode = partial(
-                self.pair_template.encode, self.tokenizer, first, second, max_tokens, max_second, instruction
+                self.pair_template.encode,
+                self.tokenizer,
+                first,
+                second,
+                max_tokens,
+                max_second,
+                instruction,
+                max_query=max_first,
             )
         return await self._tokenized(length, encode)
 

@@ -26,6 +26,7 @@ class PairTemplate:
         max_tokens: int = 0,
         max_document: int = 0,
         instruction: str | None = None,
+        max_query: int = 0,
     ) -> tuple[list[int], int]:
         """Token ids of a pair; see ``Tokenizer.encode_pair``.
 
@@ -36,16 +37,19 @@ class PairTemplate:
             max_tokens: Truncate the document so that the prompt has this many tokens; 0: do not.
             max_document: Truncate the document to this many tokens; 0: do not.
             instruction: What counts as relevant; None: a web search.
+            max_query: Truncate the query to this many tokens; 0: do not.
 
         Raises:
             ValueError: As for ``Tokenizer.encode``.
         """
+        if max_query:
+            query = tokenizer.decode(tokenizer.encode(query, False)[:max_query])
         if max_document:
             document = tokenizer.decode(tokenizer.encode(document, False)[:max_document])
         wanted = instruction or DEFAULT_INSTRUCTION
         text = f"{self.prefix}<Instruct>: {wanted}\n<Query>: {query}\n<Document>: {document}"
         body, end = tokenizer.encode(text, False), tokenizer.encode(self.suffix, False)
-        return [*body[: max(0, max_tokens - len(end)) or None if max_tokens else None], *end], 0
+        return [*(body[: max(0, max_tokens - len(end))] if max_tokens else body), *end], 0
 
 
 QWEN3_RERANKER = PairTemplate(

@@ -15,13 +15,18 @@ from msgspec.structs import replace
 from api.config import PoolerConfig
 from api.model.gguf_file import GGUFFile
 from api.model.late_interaction import LateInteraction, from_metadata, from_pylate
+from api.model.similarity import SIMILARITIES
 from engine_core.launch import read_json, why
 
 MODULES = "modules.json"
 POOLING = "1_Pooling/config.json"
 """The usual path of the pooling module's configuration."""
 SETTINGS = "config_sentence_transformers.json"
-TRANSFORMER = "sentence_bert_config.json"
+TRANSFORMERS = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+"""Names of the file with the transformer's settings, old ones last; the first that exists counts."""
 METADATA = "artifact.metadata"
 """The settings of models of ColBERT's authors."""
 SPARSE, MULTI_VECTOR = "sparse_linear.pt", "colbert_linear.pt"
@@ -69,6 +74,10 @@ class SentenceConfig(NamedTuple):
     """Whether the tokens of prompts are pooled, too."""
     max_length: int | None = None
     """Maximum tokens of a text."""
+    dimensions: int | None = None
+    """Length to which vectors are truncated where a request does not say; None: they are not."""
+    similarity: str = "cosine"
+    """How two vectors are compared: a name in ``SIMILARITIES``."""
     lowers: bool = False
     """Whether texts are converted to lower case; never those of a model that is served for generation."""
     activation: str | None = None
@@ -126,7 +135,7 @@ def find_pooler(path: Path, gguf: GGUFFile | None, fields: Mapping[str, Any] | N
 
 
 def _with_settings(path: Path, sentences: SentenceConfig) -> SentenceConfig:
-    """Adds prompts, the default prompt, the activation of scores and the maximum length."""
+    """Adds prompts, the default prompt, what vectors and scores become, and the maximum length."""
     if (path / SETTINGS).exists():
         settings = _read(path, SETTINGS)
         found = settings.get("prompts") if isinstance(settings, dict) else None
@@ -137,19 +146,30 @@ def _with_settings(path: Path, sentences: SentenceConfig) -> SentenceConfig:
         default, activation = settings.get("default_prompt_name"), settings.get("activation_fn")
         if default is not None and default not in prompts:
             raise _UnclearError(f"{SETTINGS}: default_prompt_name {str(default)[:40]!r} is not one of its prompts")
+        dimensions, similarity = settings.get("truncate_dim"), settings.get("similarity_fn_name")
+        if dimensions is not None and not _is_count(dimensions):
+            raise _UnclearError(f"{SETTINGS}: truncate_dim must be a number of dimensions")
         sentences = sentences._replace(
-            prompts=prompts, default_prompt=default, activation=activation if isinstance(activation, str) else None
+            prompts=prompts,
+            default_prompt=default,
+            activation=activation if isinstance(activation, str) else None,
+            dimensions=dimensions,
+            similarity=similarity if isinstance(similarity, str) and similarity in SIMILARITIES else "cosine",
         )
         if sentences.late is not None and "query_prefix" in settings:
             sentences = sentences._replace(late=_late(from_pylate, settings, SETTINGS))
-    if (path / TRANSFORMER).exists():
-        settings = _read(path, TRANSFORMER)
+    for name in [name for name in TRANSFORMERS if (path / name).exists()][:1]:
+        settings = _read(path, name)
         length = settings.get("max_seq_length") if isinstance(settings, dict) else None
-        if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
-            raise _UnclearError(f"{TRANSFORMER}: max_seq_length must be a number of tokens")
+        if length is not None and not _is_count(length):
+            raise _UnclearError(f"{name}: max_seq_length must be a number of tokens")
         lowers = isinstance(settings, dict) and settings.get("do_lower_case") is True
         sentences = sentences._replace(max_length=length, lowers=lowers)
     return sentences
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _from_metadata(path: Path) -> LateInteraction:

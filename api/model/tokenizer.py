@@ -262,7 +262,9 @@ class Tokenizer:
         encodings = guarded(self.backend.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
-    def encode_pair(self, first: str, second: str, max_tokens: int = 0, max_second: int = 0) -> tuple[list[int], int]:
+    def encode_pair(
+        self, first: str, second: str, max_tokens: int = 0, max_second: int = 0, max_first: int = 0
+    ) -> tuple[list[int], int]:
         """Token ids of two texts, with the special tokens that the tokenizer puts around and between them.
 
         Args:
@@ -270,6 +272,7 @@ class Tokenizer:
             second: The second.
             max_tokens: Truncate at the right to this many tokens, first the longer text; 0: do not.
             max_second: Before that, truncate the second text to this many tokens; 0: do not.
+            max_first: The same for the first text.
 
         Returns:
             The ids, and the position from which on their type is 1; 0: there is none.
@@ -282,7 +285,7 @@ class Tokenizer:
         (encoding,) = guarded(self.backend.encode_batch, [(first, second)], add_special_tokens=True)
         ids, types, sides = encoding.ids, encoding.type_ids, encoding.sequence_ids
         counts = [sides.count(0), sides.count(1)]
-        kept = [counts[0], min(counts[1], max_second or counts[1])]
+        kept = [min(counts[0], max_first or counts[0]), min(counts[1], max_second or counts[1])]
         room = max_tokens - (len(ids) - sum(counts))
         if max_tokens and sum(kept) > room:
             shorter = min(range(2), key=kept.__getitem__)

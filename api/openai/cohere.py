@@ -103,7 +103,7 @@ async def embed(request: Request) -> Response:
     side = SIDES.get(body.truncate or "END")
     if side is None and body.max_tokens is not None:
         raise RequestError("max_tokens cuts texts; truncate must be START or END, not NONE", "max_tokens")
-    size = body.output_dimension or model.limits.hidden_size
+    size = body.output_dimension or model.default_dimensions or model.limits.hidden_size
     if size % 8 and any(kind in BITS for kind in body.embedding_types or ()):
         raise RequestError(f"binary and ubinary need vectors of a multiple of 8 numbers, not {size}", "embedding_types")
     inner = EmbeddingRequest(

@@ -49,7 +49,8 @@ class EmbeddingRequest(PoolingRequest, kw_only=True):
     encoding_format: Literal["float", "base64"] | None = None
     """``base64`` encodes the bytes of the numbers, which is smaller and faster."""
     dimensions: PositiveCount | None = None
-    """Truncate vectors to this length, then normalise them to length 1. For models trained for this (Matryoshka)."""
+    """Truncate vectors to this length, then normalise them to length 1. For models trained for this (Matryoshka).
+    Default: the length in the model's files, if they have one."""
     use_activation: bool | None = None
     """Normalise vectors to length 1. Default: the server's setting."""
     normalize: bool | None = None
@@ -225,7 +226,7 @@ class Score(msgspec.Struct, kw_only=True):
     index: int
     object: str = "score"
     score: float
-    """Cosine similarity, from -1 to 1; of a cross-encoder, its score."""
+    """Cosine similarity, from -1 to 1, or what the model's files name; of a cross-encoder, its score."""
 
 
 class ScoreResponse(msgspec.Struct, kw_only=True):
@@ -242,7 +243,7 @@ class RerankResult(msgspec.Struct, kw_only=True):
     """Index of the document in the request."""
     document: RerankDocument | UnsetType = UNSET
     relevance_score: float
-    """Cosine similarity, from -1 to 1; of a cross-encoder, its score."""
+    """Cosine similarity, from -1 to 1, or what the model's files name; of a cross-encoder, its score."""
 
 
 class RerankResponse(msgspec.Struct, kw_only=True):

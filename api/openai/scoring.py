@@ -1,7 +1,8 @@
 """POST /score and /rerank: similarity of texts.
 
 A cross-encoder reads both texts as one prompt and scores it. Other models have no relevance output, so a score is the
-cosine similarity of two embeddings; with late interaction, the sum of the largest products of vectors of their tokens.
+cosine similarity of two embeddings, or what the model's files name; with late interaction, the sum of the largest
+products of vectors of their tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from api.generation.serving import Serving
 from api.http.body import read_json
 from api.http.stream import WholeAnswer
 from api.http.tenants import enter_queue
-from api.model.late_interaction import max_sim
 from api.openai.pooling import PoolingWork, check_count, late_work, pooling_prompt
 from api.openai.pooling_protocol import (
     RerankDocument,
@@ -34,7 +34,7 @@ from api.openai.pooling_protocol import (
     ScoreResponse,
 )
 from api.openai.sampling import answer_id
-from api.params.pooling import PoolingParams, cosine, is_cross_encoder, pair_up, resolve_pooling
+from api.params.pooling import PoolingParams, is_cross_encoder, pair_up
 from api.params.truncation import check_truncation
 from engine_core.messages import ResolvedPoolingParams
 
@@ -99,17 +99,17 @@ class Comparison:
     """The prompts of a request, and the score of each of its pairs once they are pooled."""
 
     def __init__(
-        self, work: PoolingWork, pairs: Sequence[tuple[int, int]], num_queries: int | None, *, is_late: bool = False
+        self, model: ServedModel, work: PoolingWork, pairs: Sequence[tuple[int, int]], num_queries: int | None
     ) -> None:
         """Takes the work.
 
         Args:
+            model: The model, which says how vectors are compared.
             work: Has a prompt for each text, queries first; or one for each pair.
             pairs: Indexes of queries and documents.
             num_queries: How many prompts are queries; None: a prompt is a pair.
-            is_late: Compare the vectors of their tokens.
         """
-        self._is_late = is_late
+        self._compare = model.similarity
         self.work = work
         self._pairs = pairs
         self._num_queries = num_queries
@@ -120,9 +120,7 @@ class Comparison:
         if self._num_queries is None:
             return [float(vector[0]) for vector in vectors]
         queries, documents = vectors[: self._num_queries], vectors[self._num_queries :]
-        if self._is_late:
-            return [max_sim(queries[query], documents[document]) for query, document in self._pairs]
-        return [cosine(queries[query], documents[document]) for query, document in self._pairs]
+        return [self._compare(queries[query], documents[document]) for query, document in self._pairs]
 
 
 @dataclass
@@ -158,7 +156,7 @@ async def _start(
         sides += [(text, False, body.max_tokens_per_doc or 0) for text in texts.documents]
         every = model.pooling_params("token_embed", PoolingParams())
         work = await late_work(model, work_id, sides, every, body, field=texts.document_field, tenant=tenant)
-        return Comparison(work, pairs, len(texts.queries), is_late=True)
+        return Comparison(model, work, pairs, len(texts.queries))
     params: ResolvedPoolingParams | list[ResolvedPoolingParams]
     if is_cross:
         own = model.pooling_params("score", PoolingParams(use_activation=body.use_activation))
@@ -168,10 +166,10 @@ async def _start(
             prompts.append(array("i", ids))
             params.append(msgspec.structs.replace(own, second_segment=second))
     else:
-        params = resolve_pooling(PoolingParams(), model.pooler, model.limits)
+        params = model.pooling_params("embed", PoolingParams())
         prompts = await _separate_prompts(model, body, texts)
     work = PoolingWork(model, work_id, prompts, params, body, field=texts.document_field, tenant=tenant)
-    return Comparison(work, pairs, None if is_cross else len(texts.queries))
+    return Comparison(model, work, pairs, None if is_cross else len(texts.queries))
 
 
 async def _pair_prompt(
@@ -182,7 +180,12 @@ async def _pair_prompt(
     check_truncation(keep, model.limits)
     limit = model.limits.max_model_len if keep == -1 else keep or 0
     return await model.tokenize_pair(
-        query, document, max_tokens=limit, max_second=body.max_tokens_per_doc or 0, instruction=body.instruction
+        query,
+        document,
+        max_tokens=limit,
+        max_first=body.max_tokens_per_query or 0,
+        max_second=body.max_tokens_per_doc or 0,
+        instruction=body.instruction,
     )
 
 

@@ -136,13 +136,6 @@ def rows_of_steps(rows: F32, token_ids: Sequence[int], step_tag_id: int) -> F32:
     return rows[np.flatnonzero(np.asarray(token_ids) == step_tag_id)]
 
 
-def cosine(x: F32, y: F32) -> float:
-    """Cosine of the angle between two vectors, -1 to 1; 0 if one of them is zero."""
-    a, b = x.astype(np.float64), y.astype(np.float64)
-    lengths = float(np.sqrt(np.square(a).sum() * np.square(b).sum()))
-    return max(-1.0, min(1.0, float((a * b).sum()) / lengths)) if lengths else 0.0
-
-
 def pair_up(num_queries: int, num_documents: int, field: str) -> list[tuple[int, int]]:
     """Index pairs of queries and documents to compare: one query with each document, or pairwise.
 
@@ -192,7 +185,7 @@ class ClassificationOutput:
 @dataclass
 class ScoringOutput:
     score: float
-    """Cosine similarity, -1 to 1; of a cross-encoder, its score."""
+    """Cosine similarity, -1 to 1, or what the model's files name; of a cross-encoder, its score."""
 
 
 @dataclass

@@ -71,6 +71,9 @@ WHOLE = modules("Transformer", "Pooling", "Normalize")
         ({"modules.json": {"a": 1}}, "modules.json"),
         ({"1_Pooling/config.json": {MEAN: True}}, "1_Pooling/config.json"),
         ({"config_sentence_transformers.json": {"default_prompt_name": "query"}}, "'query'"),
+        ({"config_sentence_transformers.json": {"truncate_dim": 0}}, "truncate_dim"),
+        ({"config_sentence_transformers.json": {"truncate_dim": True}}, "truncate_dim"),
+        ({"sentence_roberta_config.json": {"max_seq_length": "9"}}, "sentence_roberta_config.json"),
     ],
 )
 def test_what_is_ignored(tmp_path: Path, files: dict[str, Any], named: str) -> None:
@@ -96,6 +99,8 @@ def test_what_sentence_transformers_files_say(tmp_path: Path) -> None:
             "prompts": prompts,
             "default_prompt_name": "query",
             "activation_fn": "torch.nn.modules.linear.Identity",
+            "similarity_fn_name": "dot",
+            "truncate_dim": 64,
         },
         "sentence_bert_config.json": {"max_seq_length": 256, "do_lower_case": True},
     }
@@ -109,7 +114,22 @@ def test_what_sentence_transformers_files_say(tmp_path: Path) -> None:
         max_length=256,
         lowers=True,
         activation="torch.nn.modules.linear.Identity",
+        similarity="dot",
+        dimensions=64,
     )
+
+
+def test_old_names_of_the_transformers_file(tmp_path: Path) -> None:
+    write(tmp_path, {"sentence_xlnet_config.json": {"max_seq_length": 9}})
+    assert find_pooler(tmp_path, None).sentences == SentenceConfig(max_length=9)
+    write(tmp_path, {"sentence_roberta_config.json": {"max_seq_length": 8, "do_lower_case": True}})
+    assert find_pooler(tmp_path, None).sentences == SentenceConfig(max_length=8, lowers=True)
+
+
+@pytest.mark.parametrize("name", ["maxsim", None, 3, ["dot"]])
+def test_other_similarities_are_cosines(tmp_path: Path, name: Any) -> None:
+    write(tmp_path, {"config_sentence_transformers.json": {"similarity_fn_name": name}})
+    assert find_pooler(tmp_path, None) == ModelPooler()
 
 
 def test_a_decoder_that_pools_several_vectors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,17 @@ from api.config import PoolerConfig, ServerConfig
 from api.model.pair_template import DEFAULT_INSTRUCTION, QWEN3_RERANKER
 from api.model.pooler import SentenceConfig
 from engine_core.messages import PoolingSupport, i32
-from tests.fakes import BOS, EOS, MAX_MODEL_LEN, FakeServer, fake_vector, tiny_tokenizer, token_of, tokens_of
+from tests.fakes import (
+    BOS,
+    EOS,
+    HIDDEN_SIZE,
+    MAX_MODEL_LEN,
+    FakeServer,
+    fake_vector,
+    tiny_tokenizer,
+    token_of,
+    tokens_of,
+)
 from tests.unit.conftest import Api
 
 
@@ -117,6 +127,23 @@ async def test_pairs_are_truncated_longest_first() -> None:
     assert few == [BOS, *tokens_of("ab"), EOS, *tokens_of("cd"), EOS]
 
 
+async def test_queries_of_pairs_are_truncated() -> None:
+    api = server("CLS", "relevance")
+    await api.ok("/score", {"text_1": "abcd", "text_2": "efgh", "max_tokens_per_query": 2, "max_tokens_per_doc": 3})
+    await api.ok("/rerank", {"query": "abcd", "documents": ["ef"], "max_tokens_per_query": 9})
+    (few, second), (whole, _) = sent(api)
+    assert few == [BOS, *tokens_of("ab"), EOS, *tokens_of("efg"), EOS] and second == 4
+    assert whole == [BOS, *tokens_of("abcd"), EOS, *tokens_of("ef"), EOS]
+
+
+async def test_a_template_is_truncated_before_its_end() -> None:
+    api = server("LAST", "yes", pair_template=QWEN3_RERANKER)
+    end = api.server.model.tokenizer.encode(QWEN3_RERANKER.suffix, False)
+    for number in (1, len(end), len(end) + 2):
+        await api.ok("/score", {"text_1": "ab", "text_2": "cd", "truncate_prompt_tokens": number})
+        assert sent(api)[-1][0][-len(end) :] == end and len(sent(api)[-1][0]) == max(number, len(end))
+
+
 async def test_a_reranker_with_a_template() -> None:
     api = server("LAST", "yes", pair_template=QWEN3_RERANKER)
     await api.ok("/score", {"text_1": "ab", "text_2": "cd"})
@@ -129,6 +156,9 @@ async def test_a_reranker_with_a_template() -> None:
     assert "<Instruct>: zz\n<Query>: ab\n<Document>: c<" in api.server.model.tokenizer.decode(
         second, skip_special_tokens=False
     )
+    await api.ok("/score", {"text_1": "ab", "text_2": "cd", "max_tokens_per_query": 1})
+    (third, _) = sent(api)[2]
+    assert "<Query>: a\n<Document>: cd<" in api.server.model.tokenizer.decode(third, skip_special_tokens=False)
 
 
 async def test_prompts_of_the_files() -> None:
@@ -143,6 +173,34 @@ async def test_prompts_of_the_files() -> None:
     assert error["param"] == "prompt_name" and "choose from query, document" in error["message"]
     await api.ok("/v1/embeddings", {"input": tokens_of("a")})
     assert i32(api.server.engine.submitted[-1].prompt_token_ids).tolist() == tokens_of("a")
+
+
+async def test_vectors_are_truncated_and_compared_as_the_files_say() -> None:
+    vectors = [fake_vector([BOS, *tokens_of(text), EOS]).astype(np.float64)[:3] for text in ("ab", "cd")]
+    x, y = vectors
+    expected = {
+        "cosine": x @ y / np.linalg.norm(x) / np.linalg.norm(y),
+        "dot": x @ y,
+        "euclidean": -np.linalg.norm(x - y),
+        "manhattan": -np.abs(x - y).sum(),
+    }
+    for name, score in expected.items():
+        config = ServerConfig(runner="pooling", pooler_config=PoolerConfig(use_activation=False))
+        api = Api(
+            FakeServer(
+                config,
+                tokenizer=pairing(),
+                pooling=PoolingSupport(generates=False, pooling_type="MEAN"),
+                sentences=SentenceConfig(dimensions=3, similarity=name),
+            )
+        )
+        answer = await api.ok("/score", {"text_1": "ab", "text_2": "cd"})
+        assert answer["data"][0]["score"] == pytest.approx(score, rel=1e-6)
+        assert len((await api.ok("/v1/embeddings", {"input": "ab"}))["data"][0]["embedding"]) == 3
+        assert len((await api.ok("/v1/embeddings", {"input": "ab", "dimensions": 5}))["data"][0]["embedding"]) == 5
+        assert len((await api.ok("/v2/embed", {"texts": ["ab"]}))["embeddings"]["float"][0]) == 3
+    api = server("", sentences=SentenceConfig(dimensions=10**6))
+    assert len((await api.ok("/v1/embeddings", {"input": "ab"}))["data"][0]["embedding"]) == HIDDEN_SIZE
 
 
 async def test_cohere_s_embeddings() -> None:
