@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -457,7 +458,8 @@ def _reported(run: Callable[[], int]) -> int:
 def _fail(message: str, code: int) -> int:
     from engine_core.launch import printable
 
-    print(f"octavo: {printable(message)}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the disk of a log may be full; the exit code counts
+        print(f"octavo: {printable(message)}", file=sys.stderr)
     return code
 
 

@@ -99,8 +99,12 @@ def run_server(
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """Writes a line to standard output. If its disk is full, or nobody reads it, the server goes on without it."""
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is in the buffer must not fail later
 
 
 def check_tls(config: ServerConfig) -> None:

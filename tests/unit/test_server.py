@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from pathlib import Path
 
 import pytest
 
 from api.config import ServerConfig
+from api.server import run
 from api.server.http_protocol import MAX_HEAD_BYTES, Connections
 from api.server.run import PortInUseError, open_listener
 from tests.fakes import FakeServer
@@ -29,6 +31,21 @@ def test_a_port_that_is_taken(host: str) -> None:
         port = other.getsockname()[1]
         with pytest.raises(PortInUseError, match=rf"cannot listen on {host}:{port}: .*in use; .* --port"):
             open_listener(ServerConfig(host=host, port=port))
+
+
+@pytest.mark.parametrize("is_pipe", [False, True])
+def test_output_that_goes_nowhere(is_pipe: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk, or a pipe that nobody reads: the server goes on."""
+    if is_pipe:
+        reader, descriptor = os.pipe()
+        os.close(reader)
+    else:
+        descriptor = os.open("/dev/full", os.O_WRONLY)
+    with os.fdopen(descriptor, "w") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        run._write("Serving")
+        run._write("Serving")
+        monkeypatch.undo()  # closing the file flushes it
 
 
 def test_an_address_that_is_not_ours() -> None:
