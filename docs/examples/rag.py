@@ -43,7 +43,8 @@ for path in sorted(FOLDER.rglob("*")):
     if path.is_file() and path.suffix in (".md", ".py", ".rst", ".txt"):
         text = path.read_text(errors="replace")
         begins = range(0, max(1, len(text) - OVERLAP), PIECE - OVERLAP)
-        pieces += [(path.relative_to(FOLDER), text[begin : begin + PIECE]) for begin in begins]
+        texts_of_file = [text[begin : begin + PIECE] for begin in begins]
+        pieces += [(path.relative_to(FOLDER), piece) for piece in texts_of_file if piece.strip()]  # files may be empty
 if not pieces:
     sys.exit(f"{FOLDER} has no text files (.md, .py, .rst, .txt)")
 

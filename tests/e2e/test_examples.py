@@ -49,6 +49,13 @@ def test_examples_with_a_server(server: Server, example: str) -> None:
     assert re.fullmatch(SHOWS[example], output), output
 
 
+def test_files_may_be_empty(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "__init__.py").write_text("")
+    (tmp_path / "cheese.md").write_text("Cheese is made of milk.")
+    output = run("rag", server.url, str(tmp_path), "What is cheese made of?")
+    assert output.endswith("\nsources: cheese.md\n"), output
+
+
 def test_errors_are_shown(server: Server) -> None:
     with pytest.raises(AssertionError, match=r"404: Not Found \(param: None\)"):
         run("chat", f"{server.url}/nowhere")
