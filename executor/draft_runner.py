@@ -89,7 +89,7 @@ class DraftModel:
         self.program = self._capture()
         step_bytes = self.program.num_bytes
         if self.channel.graphs is not None:
-            step_bytes += self._forward_class().step_bytes(self._setup())
+            step_bytes += self._forward_class().step_bytes(self.setup())
         if isinstance(self.loaded.model, DraftHead):  # hidden states that it reads, in rows and side by side
             width = self.loaded.model.num_features * (2 + 2 * len(self.loaded.model.aux_layers))
             step_bytes += self.max_tokens * width * self.loaded.dtype.itemsize
@@ -105,9 +105,14 @@ class DraftModel:
         """Its way to the device."""
         return self.device.steps()
 
+    @property
+    def runs_late(self) -> bool:
+        """Whether it can compute tokens that the host does not know."""
+        return not any(group.backend.needs_rows or not group.is_cached for group in self.groups)
+
     def forward(self, states: RequestStates) -> Forward:
         """The forward pass over the requests of ``states``, of which the host has all tokens."""
-        return self._forward_class()(self._setup(), states)
+        return self._forward_class()(self.setup(), states)
 
     def _forward_class(self) -> type[UploadedForward]:
         """Its steps are of any size, and rarely alike."""
@@ -115,11 +120,12 @@ class DraftModel:
         chosen: type[UploadedForward] = resolve(FORWARDS, name, "forward")
         return chosen
 
-    def _setup(self) -> ForwardSetup:
+    def setup(self, channel: StepChannel | None = None) -> ForwardSetup:
+        """That of its forward passes, whose inputs go through this channel; None: its own."""
         return ForwardSetup(
             self.loaded.model,
             self.program,
-            self.channel,
+            self.channel if channel is None else channel,
             self.groups,
             max_num_seqs=self.max_num_seqs,
             max_tokens=self.max_tokens + self.max_num_seqs,

@@ -89,6 +89,32 @@ def run_model(model: Model, batch: InputBatch, embeds: Tensor | None = None) -> 
 
 
 @dataclass(frozen=True)
+class LateSlots:
+    """What the device keeps of each slot, where it makes drafts by itself: see ``ops/triton/drafts.py``."""
+
+    newest: Tensor
+    """int32 [slots]: position of the newest token."""
+    tokens: Tensor
+    """int32 [slots, 2 + drafts]: the token before it, itself, and drafts."""
+
+
+@dataclass(frozen=True)
+class ModelStep:
+    """A step of the model, as a second one that follows it sees it."""
+
+    batch: InputBatch
+    slots: I32
+    """int32 [rows]."""
+    counts: I32
+    """int32 [rows]."""
+    ends: I64
+    """int64 [rows]: tokens that are computed once it is done, at most."""
+    rows: SampleRows
+    hidden: Sequence[Tensor]
+    """Hidden states of all tokens, then the auxiliary ones."""
+
+
+@dataclass(frozen=True)
 class ForwardSetup:
     """What a ``Forward`` is made of."""
 
@@ -106,6 +132,8 @@ class ForwardSetup:
     there is none."""
     samples: bool = True
     """Whether a step's tokens are sampled here, and not by a later pipeline stage."""
+    late: LateSlots | None = None
+    """From where rows go on whose last tokens the host does not have; None: from the tokens that ``store`` keeps."""
 
     @property
     def has_adapters(self) -> bool:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from executor.deferred import Deferred, Together
 from executor.device.base import Device
 from executor.device.steps import Pending
 from executor.draft_runner import DraftModel
-from executor.forward import Forward, ForwardSetup, forward_class, run_model
+from executor.forward import Forward, ForwardSetup, LateSlots, ModelStep, forward_class, run_model
 from executor.graphs import Program
 from executor.image_inputs import ImageInputs
 from executor.input_batch import InputBatch, adapter_columns, adapter_rows
@@ -46,11 +48,14 @@ from executor.pooling import Pooler, PoolerOutput
 from executor.request_states import RequestStates
 from executor.sampling.forced import create_sampler
 from executor.sampling.sampler import Sampler, SamplerOutput, SampleRows, TokenMask
-from executor.speculative.base import ComputedRows, ProposerContext
-from executor.speculative.speculation import Speculation, drafts_of, num_verified, settle
+from executor.speculative.base import ComputedRows, Drafts, ProposerContext
+from executor.speculative.speculation import Speculation, drafts_of, num_verified, settle, settle_late
 from executor.stages import Stage
 from executor.step_rows import RowsOfPlans
 from ops.dispatch import Spec
+
+if TYPE_CHECKING:
+    from executor.late_drafts import LateOutput, LateSpeculation
 
 PROMPT_LOGITS_CHUNK = 128
 """Rows per batch of logits for prompt log probabilities: logits are wide."""
@@ -67,6 +72,7 @@ class StartedStep:
     """The rows of ``logits``."""
     epochs: I64
     """int64 [samples]: epochs of their slots."""
+    batch: InputBatch
     computed: ComputedRows
     drafts: I64 | None
     """int64 [samples]: the draft at each sampled position, -1 if none; None: no drafts at all."""
@@ -90,10 +96,12 @@ class PendingOutput:
         results: Together,
         pending: Pending,
         rank: int,
+        late: LateSpeculation | None = None,
     ) -> None:
         self._step = step
         self._states = states
         self._speculation = speculation
+        self._late = late
         self._results = results
         self._pending = pending
         self._rank = rank
@@ -112,14 +120,18 @@ class PendingOutput:
         begin = time.perf_counter()
         sampled: SamplerOutput
         pooled: PoolerOutput
-        sampled, prompt_logprobs, pooled = self._results.make(self._pending.collect())
+        drafts: Drafts | None
+        sampled, prompt_logprobs, pooled, *found = self._results.make(self._pending.collect())
         step, states = self._step, self._states
-        sampled, num_accepted = settle(states, step.rows, step.epochs, step.drafts, sampled)
-        milliseconds = step.launch_ms + self._pending.device_ms + (time.perf_counter() - begin) * 1e3
-        if step.num_tokens == len(step.rows):
-            self._speculation.note_step(step.num_tokens, milliseconds)
-        self._speculation.follow(step.computed, states)
-        drafts = self._speculation.propose(step.rows, step.epochs, states)
+        if self._late is not None:
+            sampled, num_accepted, drafts = self._settle_late(self._late, sampled, *found)
+        else:
+            sampled, num_accepted = settle(states, step.rows, step.epochs, step.drafts, sampled)
+            milliseconds = step.launch_ms + self._pending.device_ms + (time.perf_counter() - begin) * 1e3
+            if step.num_tokens == len(step.rows):
+                self._speculation.note_step(step.num_tokens, milliseconds)
+            self._speculation.follow(step.computed, states)
+            drafts = self._speculation.propose(step.rows, step.epochs, states)
         return ModelRunnerOutput(
             step_id=step.plan.step_id,
             rank=self._rank,
@@ -134,6 +146,16 @@ class PendingOutput:
             pooler_output=tuple(pooled.vectors),
             forward_ms=step.launch_ms + self._pending.device_ms + (time.perf_counter() - begin) * 1e3,
         )
+
+    def _settle_late(
+        self, late: LateSpeculation, sampled: SamplerOutput, output: LateOutput
+    ) -> tuple[SamplerOutput, bytes, Drafts]:
+        """Fills in the tokens where the device has settled the step, and made the next drafts."""
+        step = self._step
+        sampled, num_accepted = settle_late(self._states, step.rows, step.epochs, output.accepted, sampled)
+        if step.num_tokens == len(step.rows):
+            late.note_step(step.num_tokens, output, self._pending.device_ms)
+        return sampled, num_accepted, late.note(step.rows, step.epochs, output)
 
 
 class ModelRunner:
@@ -164,6 +186,7 @@ class ModelRunner:
         self.kv_memory = kv_memory
         self.model = loaded.model
         self.vocab_size = loaded.hf_config.vocab_size
+        self.weight_bytes = loaded.weight_bytes
         self.max_model_len = loaded.max_model_len
         self.pooling_head = loaded.pooling_head
         self.dense, self.token_dense = loaded.dense, loaded.token_dense
@@ -188,6 +211,8 @@ class ModelRunner:
         self.draft = draft
         self.forced_outputs = forced_outputs
         self.speculation = Speculation(None, 0)
+        self.late: LateSpeculation | None = None
+        """In its place, where the device makes drafts by itself."""
         self.images: ImageInputs | None = None
         """Images of requests, of a model that takes them."""
 
@@ -212,12 +237,38 @@ class ModelRunner:
         )
         self.sampler = self.stage.sampler(sampler)
         self.pooler = Pooler(max_num_seqs, self.pooling_head, self.dense, self.token_dense)
-        context = ProposerContext(ops.op_set("cpu").name, self.states, self.draft)
-        self.speculation = Speculation(self.speculative, max_num_seqs, context)
+        if self.late_slots is None:
+            context = ProposerContext(ops.op_set("cpu").name, self.states, self.draft)
+            self.speculation = Speculation(self.speculative, max_num_seqs, context)
+        else:
+            self.late = self._late_speculation(self.late_slots)
         if not self.enforce_eager:
             self.program = self.capture()
         self.forward = self._new_forward()
         self.forward.attach(self.sampler)
+
+    @cached_property
+    def late_slots(self) -> LateSlots | None:
+        """What the device keeps of slots, if it makes drafts by itself: with a second model or a head, and graphs, but
+        not where the host replaces tokens or drafts."""
+        config, draft, graphs = self.speculative, self.draft, self.channel.graphs
+        if config is None or draft is None or graphs is None or self.enforce_eager or self.images is not None:
+            return None
+        if config.script or self.forced_outputs or not draft.runs_late:
+            return None
+        if any(group.backend.needs_rows or not group.is_cached for group in self.groups):
+            return None
+        max_num_seqs, new = self.step_size.max_num_seqs, graphs.block(64).device.new_zeros
+        shape = (max_num_seqs, 2 + config.num_speculative_tokens)
+        return LateSlots(new(max_num_seqs, dtype=torch.int32), new(shape, dtype=torch.int32))
+
+    def _late_speculation(self, slots: LateSlots) -> LateSpeculation:
+        from executor.late_drafts import LateDrafter, LateSpeculation  # and with it triton
+
+        assert self.draft is not None and self.speculative is not None
+        drafter = LateDrafter(slots, self.draft, self.draft.setup(self.channel), self.states)
+        share = self.draft.loaded.weight_bytes / max(1, self.weight_bytes)
+        return LateSpeculation(self.speculative, drafter, self.states, share)
 
     def step_memory(self) -> tuple[int, int]:
         """Memory needed in addition to weights and KV cache. Called before the KV cache exists.
@@ -287,6 +338,7 @@ class ModelRunner:
             max_samples=self.max_samples,
             hidden=self.stage.memory,
             samples=self.stage.is_last,
+            late=self.late_slots,
         )
 
     def _new_forward(self) -> Forward:
@@ -350,6 +402,8 @@ class ModelRunner:
                 self.sampler.add(request.slot, request.params)
             self.pooler.add(request.slot, request.pooling_params if self.stage.is_last else None)
             self.speculation.add(request)
+            if self.late is not None:
+                self.late.add(request)
         rows = self._rows.of(plan, states)
         slots, counts = rows.slots, rows.counts
         sampled = rows.samples()
@@ -364,10 +418,13 @@ class ModelRunner:
         pooled = self.pooler.pool(hidden, slots, counts, states)
         computed = ComputedRows(slots, counts, rows.computed, self._kept(hidden, *aux))
         rows.advance(states)
+        if self.late is not None and len(sampled):
+            sampled.device_positions = batch.positions[batch.logits_rows[: len(sampled)]] + 1
         return StartedStep(
             plan=plan,
             rows=sampled,
             epochs=rows.epochs,
+            batch=batch,
             computed=computed,
             drafts=drafts,
             logits=logits,
@@ -388,19 +445,30 @@ class ModelRunner:
         """Hidden states as a draft head needs them, once a step's tokens are known: where these are, the next step may
         be under way by then."""
         is_read = self.draft is not None and self.draft.has_head
-        return [each.clone() for each in hidden] if is_read and self.channel.fileno() is not None else hidden
+        if not is_read or self.late is not None or self.channel.fileno() is None:
+            return hidden
+        return [each.clone() for each in hidden]
 
     def must_wait_for_drafts(self, plan: SchedulerOutput) -> bool:
         """Whether ``begin`` must wait until earlier outputs are collected, since it may verify drafts, or an earlier
         step does for its rows. Of a pipeline stage, those of the same rows: others are on their way between stages. A
         stage waits for them even if the plan allows none: it would drop the drafts that follow them, and other stages
         would not."""
+        if self.late is not None:
+            return self._depends_on_host(plan)
         if not plan.num_draft_tokens:
             return self.speculation.max_drafts > 0 and self.stage.lacks_tokens(plan, self.states)
         slots = i32(plan.slots)
-        if not (plan.forced_drafts or self.speculation.is_expected(slots) or self.states.is_verifying[slots].any()):
+        if not (plan.forced_drafts or self.speculation.is_expected(slots) or self.states.num_verifying[slots].any()):
             return False
         return self.stage.is_last or self.stage.lacks_tokens(plan, self.states)
+
+    def _depends_on_host(self, plan: SchedulerOutput) -> bool:
+        """Whether the host must know the tokens of rows with drafts, or with such rows in flight, to sample them."""
+        slots = i32(plan.slots)
+        if not (plan.num_draft_tokens or self.states.num_verifying[slots].any()):
+            return False
+        return bool(plan.forced_drafts or plan.grammar_slots) or self.sampler.depends_on_tokens(slots)
 
     def lacks_input(self, plan: SchedulerOutput) -> bool:
         """Whether ``begin`` must wait for another pipeline stage."""
@@ -423,10 +491,18 @@ class ModelRunner:
         sampled = self.stage.announce(sampled, step.rows)
         if self.stage.is_last:
             self.forward.store(step.rows, sampled.token_ids)
-        results = Together((sampled.output, step.prompt_logprobs, step.pooled))
+        parts: list[Deferred[Any]] = [sampled.output, step.prompt_logprobs, step.pooled]
+        if self.late is not None:
+            parts.append(self.late.launch(self._model_step(step), sampled))
+        results = Together(parts)
         pending = self.channel.download(results.tensors)
         step.launch_ms += (time.perf_counter() - begin) * 1e3
-        return PendingOutput(step, self.states, self.speculation, results, pending, self.rank)
+        return PendingOutput(step, self.states, self.speculation, results, pending, self.rank, self.late)
+
+    def _model_step(self, step: StartedStep) -> ModelStep:
+        computed = step.computed
+        ends = computed.begins + computed.counts
+        return ModelStep(step.batch, computed.slots, computed.counts, ends, step.rows, computed.hidden_states)
 
     def prompt_logprobs(
         self, hidden: torch.Tensor, batch: InputBatch, slots: I32, counts: I32

@@ -35,8 +35,8 @@ class RequestStates:
         """Number of tokens in the table; the others are still on the device."""
         self.num_drafts = np.zeros(max_num_seqs, np.int64)
         """Number of drafts of the next tokens, stored in the table after the known tokens."""
-        self.is_verifying = np.zeros(max_num_seqs, np.bool_)
-        """Whether a step in flight verifies drafts, so that the counts may be too high."""
+        self.num_verifying = np.zeros(max_num_seqs, np.int32)
+        """Number of steps in flight that verify drafts: the counts may be too high."""
         self.num_computed = np.zeros(max_num_seqs, np.int64)
         """Number of tokens whose K and V are in the cache."""
         self.num_replayed: I32 = np.zeros(max_num_seqs, np.int32)
@@ -86,7 +86,7 @@ class RequestStates:
         self.token_ids[slot, : len(tokens)] = tokens
         self.num_tokens[slot] = self.num_known[slot] = len(tokens)
         self.num_drafts[slot] = 0
-        self.is_verifying[slot] = False
+        self.num_verifying[slot] = 0
         self.epochs[slot] += 1
         self.num_computed[slot] = request.num_computed_tokens
         self.num_replayed[slot] = 0
@@ -181,7 +181,7 @@ class RequestStates:
         slots, counts = slots[is_current], counts[is_current]
         self.num_computed[slots] -= counts
         self.num_tokens[slots] -= counts
-        self.is_verifying[slots] = False
+        self.num_verifying[slots] -= 1
         self.num_replayed[slots] = accepted[is_current]
 
     def draft_room(self, slots: I32) -> I64:

@@ -30,7 +30,7 @@ from executor.request_states import RequestStates
 from executor.sampling.sampler import Sampler, SampleRows
 from ops import AdapterTable, AttentionMetadata
 from ops.dispatch import Node
-from ops.triton import prepare
+from ops.triton import drafts, prepare
 from ops.triton.launch import Launch, recorded, submit
 from ops.triton.program import TritonProgram
 
@@ -67,6 +67,8 @@ def _columns(size: Size, setup: ForwardSetup) -> dict[str, _Column]:
     }
     if setup.model.num_token_types:
         columns["token_types"] = _Column(size.tokens, np.int32, 0)
+    if setup.late is not None:
+        columns["late_slots"] = _Column(size.rows, np.int32, -1)
     for name, count in (("row_adapters", size.tokens), ("sample_adapters", size.samples)) if size.has_adapters else ():
         columns |= {f"{name}.rows": _Column(count, np.int64, 0), f"{name}.adapters": _Column(count, np.int32, 0)}
         columns |= {f"{name}.starts": _Column(count + 1, np.int32, 0), f"{name}.of_row": _Column(count, np.int32, 0)}
@@ -206,6 +208,8 @@ class StaticForward:
         self._states = states
         self._sizes = sizes = _sizes(setup)
         self._setup = setup
+        self._may_go_on = setup.samples and setup.late is None
+        """Whether the host knows what the next decode step of the same requests has, but for its tokens."""
         self._block = graphs.block(_largest_block(setup))
         new = self._block.device.new_zeros
         num_slots = sizes.max_num_seqs
@@ -277,7 +281,7 @@ class StaticForward:
         num_rows, num_tokens = len(slots), int(ends[-1]) if len(slots) else 0
         decodes = num_rows and counts.max() == num_sampled.min() == num_sampled.max() == 1
         # Positions of requests with images are not those of their tokens in a sequence.
-        self._rows_of_last = given if decodes and not states.axes and self._setup.samples else None
+        self._rows_of_last = given if decodes and not states.axes and self._may_go_on else None
         num_samples = int(num_sampled.sum())
         adapters = states.adapters[slots]
         has_adapters = bool(self._adapter_tables) and bool(adapters.any())
@@ -305,6 +309,7 @@ class StaticForward:
         columns["row_slots"][:num_rows] = slots
         columns["logits_rows"][:num_samples] = ranges(ends - num_sampled, num_sampled)
         columns["stored"][: len(self._stored)] = self._stored
+        self._put_late(columns, slots)
         if has_adapters:
             put_adapters("row_adapters", columns, adapters.repeat(counts))
             put_adapters("sample_adapters", columns, adapters.repeat(num_sampled))
@@ -326,6 +331,12 @@ class StaticForward:
         wide = np.zeros((len(rotary), size.tokens), np.int32)  # of images, whose steps are not replayed
         wide[:, :num_tokens] = rotary
         return replace(frame.batch, positions=self._channel.upload({"positions": wide})["positions"])
+
+    def _put_late(self, columns: Mapping[str, Array], slots: I32) -> None:
+        """Names the rows that go on from what the device keeps: those with tokens that the host does not have."""
+        if self._setup.late is not None:
+            is_late = self._states.num_known[slots] < self._states.num_tokens[slots]
+            columns["late_slots"][: len(slots)] = np.where(is_late, slots, np.int32(-1))
 
     def _prepare_next(self, slots: I32) -> InputBatch:
         """Uploads the inputs of a decode step of the same requests as the last one, whose inputs it goes on from.
@@ -409,6 +420,8 @@ class StaticForward:
         self._copies_tokens = not sampler.keep_tokens_in(self._tokens)
 
     def store(self, rows: SampleRows, token_ids: Tensor) -> None:
+        if self._setup.late is not None:
+            return
         if self._ring[0] is not rows.slots:
             self._ring = rows.slots, rows.slots.astype(np.int64) * RECENT_TOKENS
         self._stored = self._ring[1] + rows.positions % RECENT_TOKENS
@@ -461,12 +474,20 @@ class StaticForward:
         prepare.scatter(self._recent, views["stored"], self._tokens)
         ids = self._ids[: size.tokens]
         prepare.complete(views["input_ids"], views["places"], self._recent, ids)
+        late, starts = self._setup.late, views["query_start_loc"]
+        if late is not None:
+            drafts.go_on(
+                views["late_slots"], starts, late.newest, late.tokens, ids, views["positions"], views["seq_lens"]
+            )
         attention = []
         for index, group in enumerate(self._groups):
             rows = self._rows[index][: size.rows]
             if group.is_cached:
                 table = self._tables[index]
                 prepare.scatter(table, views[f"updates.{index}"], views[f"blocks.{index}"])
+                if late is not None:
+                    own, mapping = (views[name] for name in ("late_slots", f"slot_mapping.{index}"))
+                    drafts.map_slots(own, starts, views["positions"], table, own, group.block_size, mapping)
                 prepare.block_rows(table, views["row_slots"], views["seq_lens"], group.block_size, rows)
             else:
                 firsts = views[f"first_blocks.{index}"]

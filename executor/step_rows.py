@@ -132,5 +132,6 @@ class RowsOfPlans:
             epochs=states.epochs[sampled],
         )
         # Drafts are accepted or not, so counts do not go on from those of the step before.
-        self._plan, self._rows = (None, None) if has_drafts else (plan, rows)
+        is_open = has_drafts or bool(states.num_verifying[places].any())
+        self._plan, self._rows = (None, None) if is_open else (plan, rows)
         return rows

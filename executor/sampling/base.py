@@ -38,6 +38,8 @@ class SampleRows:
     """int32 [rows]: rows in the step, for the results."""
     offsets: I64 | None = None
     """int64 [rows]: index of each row among its slot's rows. None: one row per slot."""
+    device_positions: torch.Tensor | None = None
+    """int64 [rows], on the device: the positions, of which the host has upper bounds. None: the host knows them."""
 
     def name(self, index: int) -> tuple[int, int]:
         """A row's index in the step, and the index of its token among that row's tokens."""
@@ -62,6 +64,8 @@ class Sampled:
     token_ids: torch.Tensor
     """int64 [rows], on the device of the logits."""
     output: Deferred[SamplerOutput]
+    status: torch.Tensor | None = None
+    """int32 [rows], on the device: 0 where there is a token. None: only the output says it."""
 
 
 @dataclass(frozen=True)

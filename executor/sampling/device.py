@@ -85,16 +85,17 @@ class DeviceSampler:
     ) -> Sampled:
         slots = rows.slots
         is_plain = mask is None and raw_logits is logits and rows.offsets is None and len(rows) > 0
+        is_plain = is_plain and rows.device_positions is None
         if self._plain is not None and is_plain and self._are_plain(slots):
             tokens, status = self._plain.sample(logits, rows, states)
-            return Sampled(tokens, sampler_output(tokens, status, rows, _NONE, None))
+            return Sampled(tokens, sampler_output(tokens, status, rows, _NONE, None), status)
         wanted = np.flatnonzero(self._reports[slots])
         mask = self._with_allowed(mask, slots, logits.shape[1])
         edits = self._edits.columns(rows, states)
         columns: dict[str, Array] = {
             "filters": self._filters[slots].view(np.int32).reshape(-1, 4),
             "seeds": self._seeds[slots].view(np.int64),
-            "counters": rows.positions - states.num_prompt[slots],
+            "counters": (rows.positions if rows.device_positions is None else 0) - states.num_prompt[slots],
             **edits,
         }
         if mask is not None:
@@ -105,19 +106,21 @@ class DeviceSampler:
         raw = raw_logits
         if len(wanted) and raw is logits and (mask is not None or edits):
             raw = raw_logits.clone()  # the logits will change
-        table = views["filters"]
+        table, counters = views["filters"], views["counters"]
+        if rows.device_positions is not None:
+            counters = counters + rows.device_positions
         numbers = table.view(torch.float32)
         tokens, status = sample_rows(
             logits,
             Filters(numbers[:, 0], table[:, 1], numbers[:, 2], numbers[:, 3]),
-            Randomness(views["seeds"], views["counters"]),
+            Randomness(views["seeds"], counters),
             raw=None if raw is logits else raw,
             mask=None if mask is None else Mask(views["bitmask"], views["mask_rows"]),
             edits=Edits(views["edit_tokens"], views["edit_values"], views["edit_bounds"]) if edits else None,
             out=self._out(len(slots)),
         )
         reports = self._report(raw, tokens, rows, wanted, views["wanted"]) if len(wanted) else None
-        return Sampled(tokens, sampler_output(tokens, status, rows, wanted, reports))
+        return Sampled(tokens, sampler_output(tokens, status, rows, wanted, reports), status)
 
     def _are_plain(self, slots: I32) -> bool:
         """Whether no request of these slots asks for more than filters."""

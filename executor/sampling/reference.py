@@ -78,10 +78,13 @@ class ReferenceSampler:
         status = torch.where(largest == float("-inf"), LEFT_NOTHING, NOT_FINITE)
         status = torch.where(is_bad, NOT_FINITE, torch.where(is_left, OK, status))
         logits.masked_fill_(~is_left.unsqueeze(1), 0.0)
+        if rows.device_positions is not None:
+            numbers = views["numbers"][views["places"], rows.device_positions - views["least"]]
+            views = {**views, "numbers": numbers}
         tokens = ops.sample(logits, *(views[name] for name in ("temperature", "top_k", "top_p", "min_p", "numbers")))
         tokens = tokens.masked_fill(status != OK, 0)
         reports = None if raw is None else self._report(raw, tokens[views["wanted"]], rows, wanted)
-        return Sampled(tokens, sampler_output(tokens, status, rows, wanted, reports))
+        return Sampled(tokens, sampler_output(tokens, status, rows, wanted, reports), status)
 
     def keep_tokens_in(self, buffer: torch.Tensor) -> bool:
         return False
@@ -98,9 +101,16 @@ class ReferenceSampler:
             "top_k": self._top_k[slots],
             "top_p": self._top_p[slots],
             "min_p": self._min_p[slots],
-            "numbers": uniform(self._seeds[slots], rows.positions - states.num_prompt[slots]),
             "wanted": wanted,
         }
+        if rows.device_positions is None:
+            columns["numbers"] = uniform(self._seeds[slots], rows.positions - states.num_prompt[slots])
+        else:  # those of all positions that there may be
+            least = np.minimum(states.num_known[slots], rows.positions)
+            counters = (least - states.num_prompt[slots])[:, None] + np.arange(int((rows.positions - least).max()) + 1)
+            seeds = self._seeds[slots].repeat(counters.shape[1])
+            columns["numbers"] = uniform(seeds, counters.ravel()).reshape(counters.shape)
+            columns |= {"least": least, "places": np.arange(len(slots))}
         if mask is not None:
             masked = np.flatnonzero(mask.rows >= 0)
             columns |= {

@@ -91,6 +91,8 @@ class Sampler:
         self._thinking = ThinkingBudgets(max_num_seqs)
         self._reads_tokens = np.zeros(max_num_seqs, np.bool_)
         self._any_reads_tokens = False
+        self._depends = np.zeros(max_num_seqs, np.bool_)
+        """By slot: whether the host must know what came before a token, or how much, to sample it."""
         self._nothing: Sampled | None = None
         """What a step samples that has no rows to sample."""
 
@@ -102,6 +104,7 @@ class Sampler:
         self._backend.add(slot, params)
         self._reads_tokens[slot] = bool(self._stages) or reads_tokens(params)
         self._any_reads_tokens = bool(self._reads_tokens.any())
+        self._depends[slot] = self._reads_tokens[slot] or params.min_tokens > 0
 
     def lacks_tokens(self, rows: SampleRows, states: RequestStates) -> bool:
         """Whether sampling a row reads tokens that the host does not have yet."""
@@ -109,6 +112,11 @@ class Sampler:
             return False
         slots = rows.slots
         return bool((self._reads_tokens[slots] & (states.num_known[slots] < rows.positions)).any())
+
+    def depends_on_tokens(self, slots: I32) -> bool:
+        """Whether sampling some of these slots depends on earlier tokens, or their number, so that drafts cannot be
+        verified before the host knows these."""
+        return bool(self._depends[slots].any())
 
     def sample(
         self, logits: torch.Tensor, rows: SampleRows, states: RequestStates, mask: TokenMask | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
 
@@ -45,6 +46,13 @@ AGAIN = 1.5
 Proposal = tuple[int, list[int], list[int], int, float]
 """Position of the first proposed token, the tokens and their kinds; how many of them are worth verifying, and what each
 of these takes, in tokens."""
+
+
+class DraftCosts(Protocol):
+    """What another draft of each of several slots takes; see ``StepCosts``."""
+
+    def milliseconds(self, num_tokens: Sequence[int]) -> list[float]:
+        """By number of slots."""
 
 
 class DraftLengths:
@@ -100,7 +108,7 @@ class DraftLengths:
             chances.append(chance)
         return chances
 
-    def affordable(self, slots: I32, limits: I64, draft_costs: StepCosts) -> I64:
+    def affordable(self, slots: I32, limits: I64, draft_costs: DraftCosts) -> I64:
         """How many drafts of each slot are worth proposing, where a proposal takes time: int64 [slots].
 
         A draft's kind is its place among the slot's drafts.

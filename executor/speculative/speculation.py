@@ -74,9 +74,9 @@ def drafts_of(rows: SampleRows, states: RequestStates) -> I64:
     Also sets the rows' offsets, and notes that their requests verify drafts until ``settle``.
     """
     numbers = rows.step_rows
-    states.is_verifying[rows.slots] = True
     if len(numbers) and numbers[0] == numbers[-1]:  # one row, as in most steps
         rows.offsets = np.arange(len(numbers))
+        states.num_verifying[rows.slots[0]] += 1
         alone: I64 = states.token_ids[rows.slots[0], rows.positions].astype(np.int64)
         alone[-1] = -1
         return alone
@@ -84,6 +84,7 @@ def drafts_of(rows: SampleRows, states: RequestStates) -> I64:
     is_first[0], is_first[1:] = True, numbers[1:] != numbers[:-1]
     firsts = is_first.nonzero()[0]
     counts = _counts(firsts, len(numbers))
+    states.num_verifying[rows.slots[firsts]] += 1
     rows.offsets = np.arange(len(numbers)) - firsts.repeat(counts)
     drafts = states.token_ids[rows.slots, rows.positions].astype(np.int64)
     drafts[firsts + counts - 1] = -1
@@ -131,12 +132,52 @@ def settle(
     if rows.step_rows[0] == rows.step_rows[-1] and not output.logprobs and not output.row_errors:
         return _settle_alone(states, rows, epochs, drafts, output.token_ids)
     firsts = (rows.offsets == 0).nonzero()[0]
-    counts = _counts(firsts, len(rows))
     holds = output.token_ids == drafts
     numbers = rows.step_rows[firsts]
     for error in output.row_errors:
         holds[firsts[np.searchsorted(numbers, error.row)] + error.position] = False
     accepted = np.minimum.reduceat(np.where(holds, len(rows), rows.offsets), firsts)
+    return _keep(states, rows, epochs, firsts, accepted, output)
+
+
+def settle_late(
+    states: RequestStates, rows: SampleRows, epochs: I64, accepted: I64, output: SamplerOutput
+) -> tuple[SamplerOutput, bytes]:
+    """As ``settle``, where the device has determined which drafts are accepted, and the host knew only upper bounds of
+    the rows' positions.
+
+    Args:
+        states: Takes the tokens. Those of all earlier steps are there.
+        rows: The sampled rows. They get their positions.
+        epochs: int64 [samples]: the slots' epochs when the step began.
+        accepted: int64 [rows that sample].
+        output: The sampler's output.
+    """
+    if not len(rows):
+        return output, b""
+    rows.positions = states.num_known[rows.slots]
+    if rows.offsets is None:
+        states.fill(rows.slots, epochs, rows.positions, output.token_ids)
+        return output, b""
+    rows.positions += rows.offsets
+    return _keep(states, rows, epochs, (rows.offsets == 0).nonzero()[0], accepted, output)
+
+
+def _keep(
+    states: RequestStates, rows: SampleRows, epochs: I64, firsts: I64, accepted: I64, output: SamplerOutput
+) -> tuple[SamplerOutput, bytes]:
+    """Fills in the tokens up to the first rejected draft of each row.
+
+    Args:
+        states: Takes them.
+        rows: The sampled rows.
+        epochs: int64 [samples].
+        firsts: int64 [rows that sample]: the first sample of each.
+        accepted: int64 [rows that sample].
+        output: The sampler's output.
+    """
+    assert rows.offsets is not None
+    counts, numbers = _counts(firsts, len(rows)), rows.step_rows[firsts]
     kept = (rows.offsets <= accepted.repeat(counts)).nonzero()[0]
     token_ids = output.token_ids[kept]
     states.fill(rows.slots[kept], epochs[kept], rows.positions[kept], token_ids)

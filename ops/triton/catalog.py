@@ -21,6 +21,7 @@ MODULES = (
     "adapters",
     "attention",
     "collectives",
+    "drafts",
     "experts",
     "fp8",
     "gather",

@@ -23,11 +23,12 @@ from executor.base import ModelError
 from executor.config import ModelConfig, SpeculativeConfig
 from executor.device.cpu import CpuDevice
 from executor.messages import I32, I64
-from executor.speculative.base import ComputedRows
+from executor.request_states import RequestStates
+from executor.sampling.base import SampleRows
+from executor.speculative.base import Drafts
 from executor.speculative.draft_head import DraftHeadProposer
 from executor.speculative.forced_drafts import ForcedDrafts
 from tests import tiny
-from tests.late_device import plain
 from tests.models.harness import random_tokens
 from tests.models.test_late_device import BLOCK_SIZE, Engine, ReferenceCpu, answers, op_set
 from tests.models.test_speculation import run_with_restarts
@@ -433,19 +434,34 @@ def proposed(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("method", ["eagle3", "mtp"])
-def test_gpus_propose_likewise(
-    method: str, proposed: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without drafts, steps overlap: graphs overwrite what the model computed before the head reads it."""
-    states: list[Tensor] = []
-    follow = DraftHeadProposer.follow
-
-    def noted(self: DraftHeadProposer, computed: ComputedRows, *args: Any) -> None:
-        follow(self, computed, *args)
-        states.extend(plain(each).clone() for each in computed.hidden_states)
-
-    monkeypatch.setattr(DraftHeadProposer, "follow", noted)
+def test_gpus_propose_likewise(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device alone, also where no drafts are wanted and graphs overwrite what the model computed."""
     fake_cuda = pytest.importorskip("tests.fake_cuda", reason="Triton is not installed")
+    late_drafts = pytest.importorskip("executor.late_drafts")
+    proposed: dict[tuple[int, ...], list[int]] = {}
+    """By the tokens so far."""
+
+    def note(slots: Any, drafts: Drafts, states: RequestStates) -> None:
+        begin = 0
+        for slot, count in zip(slots.tolist(), drafts.counts.tolist(), strict=True):
+            text = tuple(states.token_ids[slot, : states.num_known[slot]].tolist())
+            proposed[text] = drafts.token_ids[begin : begin + count].tolist()
+            begin += count
+
+    propose, settled = DraftHeadProposer.propose, late_drafts.LateSpeculation.note
+
+    def noted(self: DraftHeadProposer, slots: Any, limits: Any, states: RequestStates) -> Drafts:
+        drafts = propose(self, slots, limits, states)
+        note(slots, drafts, states)
+        return drafts
+
+    def noted_late(self: Any, rows: SampleRows, *args: Any) -> Drafts:
+        drafts: Drafts = settled(self, rows, *args)
+        note(rows.slots if rows.offsets is None else rows.slots[rows.offsets == 0], drafts, self._states)
+        return drafts
+
+    monkeypatch.setattr(DraftHeadProposer, "propose", noted)
+    monkeypatch.setattr(late_drafts.LateSpeculation, "note", noted_late)
     fake = fake_cuda.FakeCuda(by_itself=False, kernels="reference")
     setup: dict[str, Any] = {"max_num_batched_tokens": 24}
     if method == "mtp":
@@ -464,13 +480,14 @@ def test_gpus_propose_likewise(
                 params = ResolvedParams(temperature=0.0, max_tokens=12, num_speculative_tokens=most)
                 engine.add(index, random_tokens(length, index), params)
             engine.run()
-        found.append((engine.outputs, proposed[:], states[:]))
+        found.append((engine.outputs, dict(proposed)))
         proposed.clear()
-        states.clear()
     fake.close()
-    assert found[0][:2] == found[1][:2]
-    torch.testing.assert_close(found[1][2], found[0][2], rtol=1e-4, atol=1e-4)
-    assert sum(map(len, found[0][1])) > 30
+    assert found[0][0] == found[1][0]
+    # Near the end of an output there may be fewer: the host knows only how long it may be by now.
+    same = [(drafts, found[0][1][text][: len(drafts)]) for text, drafts in found[1][1].items() if text in found[0][1]]
+    assert all(late == drafts for late, drafts in same)
+    assert sum(len(late) for late, _ in same) > 20
 
 
 def test_a_head_goes_on_after_a_prompt_from_the_prefix_cache(

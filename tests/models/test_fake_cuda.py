@@ -76,8 +76,8 @@ def test_encoders(family: str, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_second_model_drafts(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that drafts for itself is mostly right; the host waits for its drafts. Beyond its length there are none,
-    so steps go on from the last ones."""
+    """A model that drafts for itself is mostly right. Beyond its length there are none, so steps go on from the last
+    ones."""
     prompts = [random_tokens(20, 1), random_tokens(9, 2)]
     model = ModelConfig(model=str(tiny.checkpoint("llama")), dtype="float32", max_model_len=24)
     config = SpeculativeConfig(

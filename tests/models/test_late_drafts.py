@@ -1,0 +1,198 @@
+"""Drafts that the device makes and verifies before the host knows how many of the last ones were accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ops
+from executor.config import ModelConfig, SpeculativeConfig
+from executor.messages import ResolvedParams
+from executor.model_runner import ModelRunner
+from executor.request_states import RequestStates
+from executor.sampling.base import SampleRows
+from executor.sampling.reference import ReferenceSampler
+from tests import tiny
+from tests.models.harness import random_tokens
+from tests.models.test_draft_heads import MTP, eagle_head, mtp_model
+from tests.models.test_late_device import MAX_LEN, Engine, ReferenceCpu, answers
+
+fake_cuda = pytest.importorskip("tests.fake_cuda", reason="Triton is not installed")
+
+from executor.sampling.device import DeviceSampler  # noqa: E402
+
+PROPOSERS = ["itself", "another", "short", "eagle3", "mtp"]
+"""Models that are mostly right, nearly never, and nothing beyond some length; and heads."""
+PLAIN: list[tuple[list[int], ResolvedParams]] = [
+    (random_tokens(40, 1), ResolvedParams(temperature=0.0, max_tokens=18)),
+    (random_tokens(7, 2), ResolvedParams(seed=2, top_p=0.9, top_k=40, logprobs=3, max_tokens=12)),
+    (random_tokens(60, 3), ResolvedParams(seed=3, temperature=1.2, max_tokens=9, num_speculative_tokens=1)),
+    (random_tokens(33, 4), ResolvedParams(seed=4, min_p=0.05, prompt_logprobs=2, logprobs=-1, max_tokens=6)),
+    (random_tokens(1, 5), ResolvedParams(temperature=0.0, max_tokens=20, stop_token_ids=tuple(range(7)))),
+    (random_tokens(50, 7), ResolvedParams(seed=7, logit_bias=((9, 4.0), (11, -3.0)), max_tokens=12)),
+    (random_tokens(40, 1), ResolvedParams(temperature=0.0, max_tokens=10, num_speculative_tokens=0)),
+    (random_tokens(3, 9), ResolvedParams(seed=9, allowed_token_ids=tuple(range(40, 90)), max_tokens=16)),
+]
+"""Requests whose tokens the device samples without hearing from the host."""
+
+
+@pytest.fixture
+def fake() -> Iterator[Any]:
+    before = ops.op_set("cpu")
+    device = fake_cuda.FakeCuda(by_itself=False, kernels="reference")
+    yield device
+    device.close()
+    ops.use("cpu", before)
+
+
+@pytest.fixture
+def late_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The drafts of steps that began before it was known how many of the last ones were accepted."""
+    found: list[int] = []
+    begin = ModelRunner.begin
+
+    def noted(self: ModelRunner, plan: Any) -> Any:
+        is_open = self.states.num_verifying.copy()
+        step = begin(self, plan)
+        open_slots = is_open[step.computed.slots] > 0
+        if open_slots.any() and step.drafts is not None:
+            found.append(int((step.drafts >= 0).sum()))
+        return step
+
+    monkeypatch.setattr(ModelRunner, "begin", noted)
+    return found
+
+
+def proposer(name: str, folder: Path, setup: dict[str, Any]) -> SpeculativeConfig:
+    if name == "eagle3":
+        return eagle_head(folder / "head")[0]
+    if name == "mtp":
+        setup["folder"] = folder / "model"
+        mtp_model(setup["folder"], "glm4_moe")
+        return MTP
+    fields: dict[str, Any] = {"rope_theta": 3.0, "hidden_act": "gelu"} if name == "another" else {}
+    model = ModelConfig(
+        model=str(tiny.checkpoint("llama", **fields)),
+        dtype="float32",
+        max_model_len=24 if name == "short" else MAX_LEN,
+    )
+    return SpeculativeConfig(
+        method="draft_model", num_speculative_tokens=3, draft=model, min_token_prob=0.0, is_adaptive=False
+    )
+
+
+def engine_of(
+    fake: Any, monkeypatch: pytest.MonkeyPatch, speculative: SpeculativeConfig | None, setup: dict[str, Any]
+) -> Engine:
+    engine = Engine(fake, monkeypatch, speculative=speculative, **setup)
+    draft = engine.worker.runner.draft
+    if draft is not None and draft.has_head:
+        fake_cuda.put_on_device(draft.loaded.model)
+    return engine
+
+
+def plain_answers(engine: Engine) -> tuple[dict[int, Any], ...]:
+    for index, (prompt, params) in enumerate(PLAIN):
+        engine.add(index, prompt, params)
+    engine.run()
+    engine.scheduler.check_integrity()
+    states = engine.worker.runner.states
+    assert not states.num_verifying.any()
+    return engine.outputs, engine.logprobs
+
+
+CROWDED: dict[str, Any] = {"num_blocks": 5, "max_num_batched_tokens": 24}
+CASES: list[tuple[str, dict[str, Any]]] = [("itself", {"max_in_flight_steps": 3})]
+
+
+@pytest.mark.parametrize(("name", "setup"), [*CASES, *((name, CROWDED) for name in PROPOSERS)], ids=str)
+def test_nothing_waits_and_nothing_changes(
+    name: str,
+    setup: dict[str, Any],
+    fake: Any,
+    late_steps: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    setup = dict(setup)
+    speculative = proposer(name, tmp_path, setup)
+    outputs, logprobs = plain_answers(Engine(ReferenceCpu(), monkeypatch, **setup))
+    engine = engine_of(fake, monkeypatch, speculative, setup)
+    assert engine.worker.runner.late is not None
+    found = plain_answers(engine)
+    assert found[0] == outputs
+    assert found[1].keys() == logprobs.keys()
+    assert (engine.scheduler.num_preemptions > 0) == ("num_blocks" in setup)
+    assert engine.scheduler.drafts.num_draft_tokens > 30
+    assert fake.channel.num_in_flight == 0
+    assert sum(late_steps) > 20
+    if name in ("itself", "short"):
+        assert engine.num_accepted > 10
+    if name == "another":
+        assert engine.num_accepted < 0.3 * engine.scheduler.drafts.num_draft_tokens
+
+
+@pytest.mark.parametrize("name", ["itself", "eagle3"])
+def test_requests_for_which_the_host_must_know_the_tokens(
+    name: str, fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = {**CROWDED, "num_blocks": 7}
+    speculative = proposer(name, tmp_path, setup)
+    expected = answers(Engine(ReferenceCpu(), monkeypatch, **setup))
+    engine = engine_of(fake, monkeypatch, speculative, setup)
+    outputs, logprobs, vectors = answers(engine)
+    assert outputs == expected[0]
+    assert logprobs.keys() == expected[1].keys() and vectors.keys() == expected[2].keys()
+    assert engine.scheduler.num_preemptions > 0 and engine.scheduler.drafts.num_draft_tokens > 0
+
+
+def test_a_restart_changes_nothing(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    speculative = proposer("itself", Path(), {})
+    expected = plain_answers(Engine(ReferenceCpu(), monkeypatch))[0]
+    engine = engine_of(fake, monkeypatch, speculative, {})
+    for index, (prompt, params) in enumerate(PLAIN):
+        engine.add(index, prompt, params)
+    for _ in range(8):
+        while engine.launch():
+            pass
+        engine.retire()
+    before = {index: list(tokens) for index, tokens in engine.outputs.items()}
+    assert any(before.values()) and engine.in_flight
+    again = engine_of(fake, monkeypatch, speculative, {})
+    for index, (prompt, params) in enumerate(PLAIN):
+        if len(before[index]) < len(expected[index]):
+            again.add(index, prompt, params, resumed=before[index])
+    again.run()
+    assert {index: tokens + again.outputs.get(index, []) for index, tokens in before.items()} == expected
+
+
+def test_the_device_goes_on_where_the_accepted_drafts_end(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that drafts for itself is right, as if the host had waited."""
+    speculative = proposer("itself", Path(), {})
+    engine = engine_of(fake, monkeypatch, speculative, {})
+    engine.add(0, random_tokens(20, 1), ResolvedParams(temperature=0.0, max_tokens=41))
+    engine.run()
+    drafts = engine.scheduler.drafts
+    assert drafts.num_draft_tokens - drafts.num_accepted_tokens <= 3, "but for those behind the end"
+
+
+@pytest.mark.parametrize("backend", [ReferenceSampler, DeviceSampler])
+def test_random_numbers_are_those_of_the_device_s_positions(backend: type[ReferenceSampler | DeviceSampler]) -> None:
+    sampler, states = backend(2), RequestStates(2, 64, [])
+    states.num_prompt[:] = states.num_known[:] = 7
+    for slot in range(2):
+        sampler.add(slot, ResolvedParams(seed=slot, temperature=1.0))
+    slots, places = np.array([0, 0, 1], np.int32), np.array([9, 10, 7])
+    found = []
+    for excess in (None, 0, 2):
+        rows = SampleRows(slots, places + (excess or 0), np.array([0, 0, 1], np.int32), np.array([0, 1, 0]))
+        if excess is not None:
+            rows.device_positions = torch.from_numpy(places)
+        logits = torch.randn(3, 200, generator=torch.Generator().manual_seed(1))
+        found.append(sampler.sample(logits, logits, rows, states, None).token_ids.tolist())
+    assert found[0] == found[1] == found[2]
