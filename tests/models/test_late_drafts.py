@@ -181,6 +181,22 @@ def test_the_device_goes_on_where_the_accepted_drafts_end(fake: Any, monkeypatch
     assert drafts.num_draft_tokens - drafts.num_accepted_tokens <= 3, "but for those behind the end"
 
 
+def test_lengths_follow_what_is_accepted(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for name in ("itself", "another"):
+        speculative = proposer(name, Path(), {})
+        fields = {each: getattr(speculative, each) for each in ("method", "num_speculative_tokens", "draft")}
+        engine = engine_of(fake, monkeypatch, SpeculativeConfig(**fields), {})
+        late = engine.worker.runner.late
+        assert late is not None
+        monkeypatch.setattr(late, "_share", 0.3)
+        late._lengths.costs.add(1, 5.0)  # the fake device tells no times
+        engine.add(0, random_tokens(20, 1), ResolvedParams(temperature=0.0, max_tokens=40))
+        engine.run()
+        counts.append(engine.scheduler.drafts.num_draft_tokens)
+    assert 0 < counts[1] < 2 * counts[0]
+
+
 @pytest.mark.parametrize("backend", [ReferenceSampler, DeviceSampler])
 def test_random_numbers_are_those_of_the_device_s_positions(backend: type[ReferenceSampler | DeviceSampler]) -> None:
     sampler, states = backend(2), RequestStates(2, 64, [])
