@@ -72,14 +72,16 @@ class BlockPool:
                 if self._hashes[block_id] is None:
                     self._free.move_to_end(block_id, last=False)
 
-    def publish(self, block_id: int, block_hash: bytes) -> None:
-        """Adds a full block to the prefix cache. Of several blocks with the same content, the first remains the cached
-        one."""
-        if block_hash not in self._cached:
-            assert self._hashes[block_id] is None
-            self._cached[block_hash] = block_id
-            self._hashes[block_id] = block_hash
-            self._recent.append((self.step_id, block_id))
+    def publish(self, block_id: int, block_hash: bytes) -> bool:
+        """Adds a full block to the prefix cache, unless another block with the same content is there. Returns whether
+        it did."""
+        if block_hash in self._cached:
+            return False
+        assert self._hashes[block_id] is None
+        self._cached[block_hash] = block_id
+        self._hashes[block_id] = block_hash
+        self._recent.append((self.step_id, block_id))
+        return True
 
     def confirm(self, step_id: int) -> None:
         """Records that steps up to this one are done on all ranks."""
@@ -103,6 +105,14 @@ class BlockPool:
         if block_hash is not None:
             del self._cached[block_hash]
             self._hashes[block_id] = None
+
+    def drop(self, block_hash: bytes) -> None:
+        """Removes a block from the prefix cache, if it is there, and reuses it first."""
+        block_id = self._cached.get(block_hash)
+        if block_id is not None:
+            self.forget(block_id)
+            if self._ref_counts[block_id] == 0:
+                self._free.move_to_end(block_id, last=False)
 
     def forget_all(self) -> None:
         """Empties the prefix cache."""

@@ -3,9 +3,63 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from engine_core.config import SchedulerConfig
+from executor.messages import OUTPUT_SNAPSHOT_TOKENS, SNAPSHOT_TOKENS
+
+
+@dataclass(frozen=True)
+class Snapshots:
+    """Where in a sequence states are kept for others to go on from.
+
+    States are large, and a sequence needs the last one alone. So its blocks share memory, but none follows another in
+    the memory of a block that ends where a snapshot is due. One is due now and then, one shortly before the end of the
+    tokens with which a request starts, and behind that more are, of which the last one stays: that of the turn's end.
+    All are multiples of ``alignment``.
+    """
+
+    alignment: int = 1
+    """Tokens in whole blocks of every group: no other prefix can be found."""
+    every: int = SNAPSHOT_TOKENS
+    every_of_output: int = OUTPUT_SNAPSHOT_TOKENS
+    margin: int = 8
+    """The last tokens of a prompt open the answer, and a later turn may show it otherwise: without its reasoning."""
+    output_tokens: int = 256
+    """Most tokens of an output beyond its confirmed ones that may have blocks."""
+
+    def end_of_prompt(self, num_tokens: int) -> int:
+        """Where the snapshot before the end of that many tokens is due; 0: nowhere."""
+        return max(0, num_tokens - self.margin) // self.alignment * self.alignment
+
+    def is_due(self, num_tokens: int, ends: tuple[int, int]) -> bool:
+        """Whether a snapshot is due after that many tokens of a request.
+
+        Args:
+            num_tokens: Tokens from its begin.
+            ends: ``end_of_prompt`` of its prompt, and of the tokens with which it has started: others may have been
+                computed in an earlier life.
+        """
+        if num_tokens in ends or num_tokens % self._step(self.every) == 0:
+            return True
+        return num_tokens > ends[1] and num_tokens % self._step(self.every_of_output) == 0
+
+    def is_temporary(self, num_tokens: int, ends: tuple[int, int]) -> bool:
+        """Whether the next snapshot makes this one superfluous."""
+        return num_tokens > ends[1] and num_tokens % self._step(self.every) > 0
+
+    def max_states(self, num_tokens: int, span: int) -> int:
+        """At least as many states as that many tokens need if at most ``span`` of them are live."""
+        of_output = min(num_tokens, self.output_tokens + self.margin + self.alignment)
+        return (
+            min(num_tokens, span) // self._step(self.every)
+            + of_output // self._step(self.every_of_output)
+            + 5  # two ends, the last one, and spans that begin and end within
+        )
+
+    def _step(self, every: int) -> int:
+        return math.lcm(every, self.alignment)
 
 
 @dataclass(frozen=True)
@@ -17,6 +71,8 @@ class GroupShape:
     """Tokens in a block."""
     window: int | None = None
     """Tokens that a token attends to, itself included; None: all before it."""
+    snapshots: Snapshots | None = None
+    """Of a group that keeps states, which states are kept; others are overwritten. None: every block is one's own."""
 
     def max_live_blocks(self, num_tokens: int, step_tokens: int) -> int:
         """Maximum blocks that a sequence holds at any time until this many of its tokens are computed.
@@ -29,6 +85,8 @@ class GroupShape:
         if self.window is None:
             return num_blocks
         span = self.window - 1 + step_tokens
+        if self.snapshots is not None:
+            return min(num_blocks, self.snapshots.max_states(num_tokens, span))
         return min(num_blocks, (span - 2) // self.block_size + 2)  # a span may begin anywhere in its first block
 
     def first_live_block(self, num_tokens: int) -> int:
@@ -39,6 +97,10 @@ class GroupShape:
         """The longest sequence that fits while nothing else runs, in tokens."""
         if self.window is not None and self.num_blocks >= self.max_live_blocks(1 << 62, step_tokens):
             return math.inf
+        if self.snapshots is not None:  # as many as surely fit
+            lengths = range(self.block_size, (self.num_blocks * self.snapshots.every) + 1, self.block_size)
+            fits = bisect_right(lengths, self.num_blocks, key=lambda n: self.max_live_blocks(n, step_tokens))
+            return fits * self.block_size
         return self.num_blocks * self.block_size
 
 
@@ -57,8 +119,10 @@ class CacheShape:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the cache holds as long as no block is outside a window."""
-        return max((group.num_blocks * group.block_size for group in self.groups), default=0)
+        """Tokens that the cache holds as long as no block is outside a window; with states alone, the most it may."""
+        of_tokens = [group.num_blocks * group.block_size for group in self.groups if group.snapshots is None]
+        of_states = [group.num_blocks * group.snapshots.every for group in self.groups if group.snapshots is not None]
+        return max(of_tokens or of_states, default=0) // self.alignment * self.alignment
 
     def max_len(self, step_tokens: int) -> float:
         """The longest sequence that fits every group while nothing else runs, in tokens."""

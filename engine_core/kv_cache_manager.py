@@ -200,6 +200,8 @@ class KVCacheManager:
             request.block_tables = hit.tables
             for manager, table in zip(self.managers, hit.tables, strict=True):
                 manager.pool.acquire(table.block_ids)
+        for manager, table in zip(self.managers, request.block_tables, strict=True):
+            manager.start(table, request.num_prompt_tokens, len(request.token_ids))
         request.num_kept_tokens = 0
         request.num_prefix_tokens = hit.num_tokens
         if self.reads_cache(request) and request.num_cached_tokens is None:
@@ -214,7 +216,7 @@ class KVCacheManager:
         missing = [0] * len(self.managers)
         for request, num_tokens in wanted:
             for group, (manager, table) in enumerate(zip(self.managers, request.block_tables, strict=True)):
-                missing[group] += max(0, -(-num_tokens // manager.block_size) - table.num_blocks)
+                missing[group] += manager.num_missing(table, num_tokens)
         return all(count <= manager.pool.num_free for manager, count in zip(self.managers, missing, strict=True))
 
     def grow(self, request: Request, num_tokens: int, updates: list[list[int]]) -> int | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
+from dataclasses import replace
 
 import msgspec
 
-from engine_core.cache_shape import CacheShape, GroupShape, max_step_tokens
+from engine_core.cache_shape import CacheShape, GroupShape, Snapshots, max_step_tokens
 from engine_core.config import EngineConfig
 from executor.messages import STATES_LAYOUT, KVCacheGroupSpec, WorkerReady
 
@@ -133,32 +134,37 @@ class _Sizes:
         self.ready = ready
         executor = config.executor
         self.step_tokens = max_step_tokens(config.scheduler, executor.max_draft_tokens, executor.num_lookahead_tokens)
+        in_flight = config.scheduler.max_in_flight_steps * (1 + executor.max_draft_tokens)
         self.max_num_seqs = config.scheduler.max_num_seqs
         groups = ready[0].kv_cache_groups
         self.block_size = math.lcm(*(group.block_size for group in groups))
         """Tokens in whole blocks of every group."""
         self._has_full = any(group.sliding_window is None for group in groups)
+        self._snapshots = Snapshots(self.block_size, output_tokens=in_flight + executor.num_lookahead_tokens)
+
+    def _shape(self, spec: KVCacheGroupSpec, num_blocks: int) -> GroupShape:
+        own = num_blocks * (self.block_size // spec.block_size)
+        snapshots = self._snapshots if spec.layout == STATES_LAYOUT else None
+        return GroupShape(own, spec.block_size, spec.sliding_window, snapshots)
 
     def group(self, spec: KVCacheGroupSpec, num_blocks: int) -> GroupShape:
-        own = num_blocks * (self.block_size // spec.block_size)
-        shape = GroupShape(own, spec.block_size, spec.sliding_window)
+        shape = self._shape(spec, num_blocks)
         if shape.window is None or not self._has_full:
             return shape
         seqs = self._num_states(num_blocks) if spec.layout == STATES_LAYOUT else self.max_num_seqs
         most = seqs * shape.max_live_blocks(num_blocks * self.block_size, self.step_tokens)
-        return GroupShape(min(own, most), spec.block_size, spec.sliding_window)
+        return replace(shape, num_blocks=min(shape.num_blocks, most))
 
     def _num_states(self, num_blocks: int) -> int:
         """Sequences whose states take no more memory than the groups without a window, but at least one."""
         live = full = 0
         for spec in self.ready[0].kv_cache_groups:
-            own = num_blocks * (self.block_size // spec.block_size)
-            shape = GroupShape(own, spec.block_size, spec.sliding_window)
+            shape = self._shape(spec, num_blocks)
             if spec.layout == STATES_LAYOUT:
                 blocks = shape.max_live_blocks(num_blocks * self.block_size, self.step_tokens)
                 live += spec.bytes_per_block * blocks
             elif shape.window is None:
-                full += spec.bytes_per_block * own
+                full += spec.bytes_per_block * shape.num_blocks
         return max(1, min(self.max_num_seqs, full // max(1, live)))
 
     def shape(self, num_blocks: int) -> CacheShape:

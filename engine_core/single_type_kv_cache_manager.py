@@ -19,7 +19,7 @@ NEVER = 1 << 62
 class BlockTable:
     """A request's blocks in one group, in token order. Leading blocks may have been freed."""
 
-    __slots__ = ("block_ids", "num_blocks", "num_published")
+    __slots__ = ("block_ids", "ends", "num_blocks", "num_cached", "num_published", "temporary")
 
     def __init__(self, first: int = 0, block_ids: Sequence[int] = ()) -> None:
         """Creates the table of a request whose first ``first`` blocks are freed."""
@@ -29,6 +29,12 @@ class BlockTable:
         """Number of blocks from the request's start, freed ones included."""
         self.num_published = self.num_blocks
         """How many of these are in the prefix cache. Initially the cached prefix."""
+        self.num_cached = self.num_blocks
+        """Blocks of the cached prefix, which others may hold."""
+        self.ends = 0, 0
+        """Where its prompt ends, and the tokens with which it started; of states, the snapshots before that."""
+        self.temporary: bytes | None = None
+        """Hash of the state that was published last, if the next one makes it superfluous."""
 
     @property
     def first(self) -> int:
@@ -80,6 +86,20 @@ class SingleTypeKVCacheManager(ABC):
         rest = iter(new_blocks)
         return BlockTable(first, [next(rest) if block_id is None else block_id for block_id in found]), new_blocks
 
+    def start(self, table: BlockTable, num_prompt_tokens: int, num_tokens: int) -> None:
+        """Called when a request starts, once it holds the blocks of its prefix.
+
+        Args:
+            table: Its block table.
+            num_prompt_tokens: Tokens of its prompt.
+            num_tokens: Its known tokens, those of an earlier life included.
+        """
+        table.ends = num_prompt_tokens, num_tokens
+
+    def num_missing(self, table: BlockTable, num_tokens: int) -> int:
+        """Blocks that a request lacks for its first ``num_tokens``."""
+        return max(0, -(-num_tokens // self.block_size) - table.num_blocks)
+
     def can_fit(self, cached: BlockTable, num_tokens: int) -> bool:
         """Whether that many tokens fit after a cached prefix, given the window if there is one."""
         live = min(
@@ -104,15 +124,19 @@ class SingleTypeKVCacheManager(ABC):
         index = table.num_blocks
         count = -(-num_tokens // self.block_size) - index
         if count > 0:
-            if count > self.pool.num_free:
+            new_blocks = self._take(table, index, count)
+            if new_blocks is None:
                 return None
-            new_blocks = self.pool.allocate(count)
             table.block_ids += new_blocks
             for block_id in new_blocks:
                 updates += (slot, index, block_id)
                 index += 1
             table.num_blocks = index
         return index * self.block_size
+
+    def _take(self, table: BlockTable, index: int, count: int) -> list[int] | None:
+        """Holds ``count`` blocks for a table, from ``index`` on. None: too few are free."""
+        return self.pool.allocate(count) if count <= self.pool.num_free else None
 
     def free_unseen(self, table: BlockTable, num_confirmed: int) -> None:
         """Frees the blocks that no token computed from now on attends to.
@@ -194,7 +218,64 @@ class SlidingWindowManager(SingleTypeKVCacheManager):
         return 0
 
 
+class StateManager(SlidingWindowManager):
+    """States: a sequence needs the last one. Others are kept where ``Snapshots`` says so.
+
+    A state is written when its block's last token is computed, unless the next block has the same memory; it may be
+    published if that is never so.
+    """
+
+    def __init__(self, shape: GroupShape, step_tokens: int) -> None:
+        super().__init__(shape, step_tokens)
+        assert shape.snapshots is not None
+        self.snapshots = shape.snapshots
+
+    def start(self, table: BlockTable, num_prompt_tokens: int, num_tokens: int) -> None:
+        table.ends = self.snapshots.end_of_prompt(num_prompt_tokens), self.snapshots.end_of_prompt(num_tokens)
+
+    def num_missing(self, table: BlockTable, num_tokens: int) -> int:
+        indexes = range(table.num_blocks, -(-num_tokens // self.block_size))
+        return sum(self._is_new(table, index) for index in indexes)
+
+    def _is_new(self, table: BlockTable, index: int) -> bool:
+        """Whether a block has memory of its own, as the one before it keeps its state."""
+        return index == table.num_cached or self.snapshots.is_due(index * self.block_size, table.ends)
+
+    def _take(self, table: BlockTable, index: int, count: int) -> list[int] | None:
+        is_new = [self._is_new(table, place) for place in range(index, index + count)]
+        if sum(is_new) > self.pool.num_free:
+            return None
+        new_blocks = iter(self.pool.allocate(sum(is_new)))
+        taken: list[int] = []
+        last = table.block_ids[-1] if table.block_ids else None
+        for is_own in is_new:
+            if is_own:
+                last = next(new_blocks)
+            else:
+                assert last is not None, "the block before is there"
+                self.pool.acquire([last])
+            taken.append(last)
+        return taken
+
+    def publish(self, table: BlockTable, hashes: Sequence[bytes], num_tokens: int) -> None:
+        first, size = table.first, self.block_size
+        num_full = num_tokens // size
+        for index in range(max(table.num_published, first), num_full):
+            end = (index + 1) * size
+            if not self.snapshots.is_due(end, table.ends):
+                continue
+            if not self.pool.publish(table.block_ids[index - first], hashes[index]):
+                continue
+            if table.temporary is not None:
+                self.pool.drop(table.temporary)
+            is_temporary = self.snapshots.is_temporary(end, table.ends)
+            table.temporary = hashes[index] if is_temporary else None
+        table.num_published = max(table.num_published, num_full)
+
+
 def create_manager(shape: GroupShape, step_tokens: int) -> SingleTypeKVCacheManager:
     """Creates the manager for a group's kind of attention."""
+    if shape.snapshots is not None:
+        return StateManager(shape, step_tokens)
     kind = FullAttentionManager if shape.window is None else SlidingWindowManager
     return kind(shape, step_tokens)

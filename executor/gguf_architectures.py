@@ -291,7 +291,8 @@ def granite_moe(fields: Fields, config: Config) -> None:
     experts(fields, config)
     config["intermediate_size"] = config["moe_intermediate_size"]
     if layers_with(config, "ffn_up_shexp.weight"):
-        raise ModelError(f"{fields.source}: granitemoe models with a shared expert are not supported yet")
+        config |= {"architectures": ["GraniteMoeSharedForCausalLM"], "has_split_gate_up": True}
+        config["shared_intermediate_size"] = shared_size(fields, config)
 
 
 def shared_size(fields: Fields, config: Config) -> int:
@@ -599,7 +600,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         configure=granite_hybrid,
         **STATES,
     ),
-    "granitemoe": Architecture("GraniteMoeForCausalLM", PERMUTED, has_experts=True, configure=granite_moe),
+    "granitemoe": Architecture(
+        "GraniteMoeForCausalLM",
+        PERMUTED,
+        also=("GraniteMoeSharedForCausalLM",),
+        has_experts=True,
+        configure=granite_moe,
+    ),
     "internlm2": Architecture("LlamaForCausalLM", PERMUTED),  # with q, k and v apart
     "lfm2": Architecture(
         "Lfm2ForCausalLM",

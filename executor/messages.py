@@ -390,6 +390,10 @@ class PoolingSupport(Message, frozen=True):
 
 STATES_LAYOUT = "states"
 """``KVCacheGroupSpec.layout`` of layers that keep a state per block, not entries per token."""
+SNAPSHOT_TOKENS = 256
+"""Tokens of a prompt between two states that are kept for others to go on from."""
+OUTPUT_SNAPSHOT_TOKENS = 64
+"""Tokens of an output between two such states. No step's drafts pass a multiple of it, so that the state is there."""
 
 
 class MultiModalSupport(Message, frozen=True):

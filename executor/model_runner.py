@@ -226,8 +226,8 @@ class ModelRunner:
         if self.draft is not None:
             block_sizes = [*block_sizes, *(group.block_size for group in self.draft.groups)]
             self.draft.allocate(init.num_blocks[num_groups:], init.max_model_len, self.kv_memory)
-        state_blocks = [group.block_size for group in self.groups if group.shape.kind in RECURRENT_KINDS]
-        self.states = RequestStates(max_num_seqs, init.max_model_len, block_sizes, min(state_blocks, default=None))
+        has_states = any(group.shape.kind in RECURRENT_KINDS for group in self.groups)
+        self.states = RequestStates(max_num_seqs, init.max_model_len, block_sizes, has_states=has_states)
         sampler = create_sampler(
             max_num_seqs,
             self.device.torch_device.type,

@@ -10,14 +10,26 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from executor.messages import I32, I64, NewRequest, ResolvedParams, SchedulerOutput, i32, row_offsets
+from executor.messages import (
+    I32,
+    I64,
+    OUTPUT_SNAPSHOT_TOKENS,
+    NewRequest,
+    ResolvedParams,
+    SchedulerOutput,
+    i32,
+    row_offsets,
+)
 
 
 class RequestStates:
     """Tokens and lengths by slot, and the block tables of each KV cache group."""
 
+    tokens_of_drafts = OUTPUT_SNAPSHOT_TOKENS
+    """Multiples of it are passed by no drafts, if there are states."""
+
     def __init__(
-        self, max_num_seqs: int, max_model_len: int, block_sizes: list[int], state_block_size: int | None = None
+        self, max_num_seqs: int, max_model_len: int, block_sizes: list[int], *, has_states: bool = False
     ) -> None:
         """Creates the arrays, without requests.
 
@@ -25,7 +37,7 @@ class RequestStates:
             max_num_seqs: Number of slots.
             max_model_len: Longest sequence.
             block_sizes: Tokens per block of each KV cache group.
-            state_block_size: Tokens per block of groups that keep states; None: there are none.
+            has_states: Whether some group keeps states.
         """
         self.token_ids: I32 = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
         """int32 [slots, positions]: known tokens of prompt and output."""
@@ -61,7 +73,7 @@ class RequestStates:
             np.zeros((max_num_seqs, -(-max_model_len // size)), np.int32) for size in block_sizes
         ]
         """int32 [slots, blocks] per group. Entries before the window are stale; nothing reads those blocks."""
-        self._state_block_size = state_block_size
+        self._has_states = has_states
 
     @staticmethod
     def position_bytes(max_num_seqs: int, block_sizes: list[int]) -> int:
@@ -187,14 +199,14 @@ class RequestStates:
     def draft_room(self, slots: I32) -> I64:
         """Most drafts that may follow the known tokens of slots: int64 [n].
 
-        A block of states keeps the inputs of drafts behind the token that its state ends with. So drafts stay within
-        the block of that token, and leave its last place to a token that is known: a full block is a snapshot.
+        The memory of a state keeps the inputs of drafts behind the token that the state ends with. So drafts do not
+        pass the place where a snapshot is due, and leave the last token before it to a step that knows it.
         """
         known = self.num_known[slots]
         room: I64 = self.token_ids.shape[1] - known
-        if self._state_block_size is not None:
-            offsets = known % self._state_block_size
-            room = np.minimum(room, np.where(offsets > 0, self._state_block_size - 1 - offsets, 0))
+        if self._has_states:
+            offsets = known % self.tokens_of_drafts
+            room = np.minimum(room, np.where(offsets > 0, self.tokens_of_drafts - 1 - offsets, 0))
         return room
 
     def set_drafts(self, slots: I32, counts: I64, token_ids: I32) -> None:

@@ -96,6 +96,7 @@ class FakeDevice:
             for group, blocks in zip(self.groups, row.blocks, strict=True):
                 for position in range(row.num_computed, row.num_computed + count):
                     group.write(blocks[position // group.block_size], position, -7)
+                    group.states[blocks[position // group.block_size]] = [-7]
             row.num_computed += count
 
     def _update_blocks(self, columns: Sequence[bytes]) -> None:
@@ -111,15 +112,21 @@ class FakeDevice:
         assert count >= 1 and end <= len(slot.tokens), "only known tokens are computed"
         tokens = slot.tokens + slot.drafts
         for group, blocks in zip(self.groups, slot.blocks, strict=True):
+            if group.shape.snapshots is not None:
+                group.advance(blocks, slot.tokens, begin - slot.num_replayed, begin, end)
+                continue
             for position in range(begin, end + len(slot.drafts)):
                 group.write(blocks[position // group.block_size], position, tokens[position])
         slot.num_computed = end
+        slot.num_replayed = 0
 
     def _read(self, slot: _Slot, count: int) -> None:
         """What the row's tokens see must be there in every group."""
         begin, end = slot.num_computed - count, slot.num_computed + len(slot.drafts)
         tokens = slot.tokens + slot.drafts
         for group, blocks in zip(self.groups, slot.blocks, strict=True):
+            if group.shape.snapshots is not None:
+                continue
             first = 0 if group.window is None else max(0, begin + 1 - group.window)
             seen = [group.read(blocks[position // group.block_size], position) for position in range(first, end)]
             assert seen == tokens[first:end], "the blocks hold the request's own tokens"
@@ -137,11 +144,17 @@ class FakeDevice:
             if sampled[-1] != draft:
                 break
         slot.num_computed += len(sampled) - 1
+        slot.num_replayed = len(sampled) - 1
         self.num_accepted += len(sampled) - 1
         return sampled
 
     def _propose(self, slot: _Slot) -> list[int]:
         slot.drafts = self.propose(slot.tokens)
+        for group in self.groups:
+            if group.shape.snapshots is not None:  # as ``RequestStates.draft_room`` has it
+                every = group.shape.snapshots.every_of_output
+                offset = len(slot.tokens) % every
+                del slot.drafts[every - 1 - offset if offset else 0 :]
         return list(slot.drafts)
 
 
@@ -155,6 +168,18 @@ class _Group:
         self.block_size = self.shape.block_size
         self.window = self.shape.window
         self.blocks = np.full((self.shape.num_blocks, self.block_size), -1, np.int64)
+        self.states: dict[int, list[int]] = {}
+        """The tokens that a block's state has seen, of a group that keeps states."""
+
+    def advance(self, blocks: list[int], tokens: list[int], known: int, begin: int, end: int) -> None:
+        """Advances a state that has seen ``known`` tokens, by accepted drafts up to ``begin`` and a step's up to
+        ``end``."""
+        if known:
+            assert self.states[blocks[(known - 1) // self.block_size]] == tokens[:known], "the state is the request's"
+        for position in range(begin, end):
+            if position == end - 1 or (position + 1) % self.block_size == 0:
+                assert blocks[position // self.block_size] >= 0
+                self.states[blocks[position // self.block_size]] = tokens[: position + 1]
 
     def write(self, block: int, position: int, token: int) -> None:
         assert block >= 0, "a block that was freed is written"
@@ -172,6 +197,7 @@ class _Slot:
         self.drafts: list[int] = []
         self.num_prompt = request.num_prompt_tokens
         self.num_computed = self.num_cached = request.num_computed_tokens
+        self.num_replayed = 0
         self.pools = request.pooling_params is not None
         assert len(request.block_ids) == num_groups
         offsets = request.block_offsets or (0,) * num_groups

@@ -106,6 +106,13 @@ def old_olmo3(config: Fields) -> None:
     old_rope(config)
 
 
+def old_minimax_m2(config: Fields) -> None:
+    """As on the hub: the rotated columns are counted."""
+    factor = config["rope_parameters"].pop("partial_rotary_factor")
+    config["rotary_dim"] = int(config["head_dim"] * factor)
+    old_rope(config)
+
+
 def old_granite(config: Fields) -> None:
     """Types of layers have older names."""
     config["layer_types"] = ["attention"] * len(config["layer_types"])

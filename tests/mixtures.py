@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tests.family import CHUNKED, FULL, GRANITE, SLIDING, YARN, Family, Fields, old_phi3, old_qwen3_moe
+from tests.family import (
+    CHUNKED,
+    FULL,
+    GRANITE,
+    REMOVED,
+    SLIDING,
+    YARN,
+    Family,
+    Fields,
+    old_minimax_m2,
+    old_phi3,
+    old_qwen3_moe,
+)
 
 DEEPSEEK: Fields = {
     "num_key_value_heads": 4,
@@ -58,6 +70,46 @@ MIXTURES: Mapping[str, Family] = {
         variants={
             "halves": {"rope_interleave": False, "norm_topk_prob": False, "rope_parameters": {"rope_theta": 3000.0}},
             "kimi": {"n_group": 1, "topk_group": 1, "attention_bias": False, "kv_lora_rank": 64},
+        },
+    ),
+    "dots1": Family(
+        "Dots1Config",
+        "Dots1ForCausalLM",
+        {
+            "head_dim": 32,
+            "attention_bias": True,
+            "first_k_dense_replace": 1,
+            "layer_types": [FULL, SLIDING, FULL],
+            "moe_intermediate_size": 40,
+            "n_group": 4,
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "norm_topk_prob": True,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 2.5,
+            "sliding_window": 24,
+            "topk_group": 2,
+        },
+        variants={
+            "default types": {"layer_types": None, "max_window_layers": 2, "n_group": 1, "topk_group": 1},
+            "plain": {"sliding_window": None, "layer_types": None, "norm_topk_prob": False, "attention_bias": False},
+        },
+    ),
+    "ernie4_5_moe": Family(
+        "Ernie4_5_MoeConfig",
+        "Ernie4_5_MoeForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "moe_intermediate_size": 40,
+            "moe_k": 3,
+            "moe_layer_end_index": 2,
+            "moe_layer_start_index": 1,
+            "moe_num_experts": 6,
+            "moe_num_shared_experts": 2,
+            "use_bias": False,
+        },
+        variants={
+            "every other layer": {"moe_layer_interval": 2, "moe_layer_end_index": -1, "moe_num_shared_experts": 0}
         },
     ),
     "glm4_moe": Family(
@@ -117,6 +169,34 @@ MIXTURES: Mapping[str, Family] = {
         {**GRANITE, "num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 40},
         variants={"one expert for a token": {"num_experts_per_tok": 1}},
     ),
+    "granitemoeshared": Family(
+        "GraniteMoeSharedConfig",
+        "GraniteMoeSharedForCausalLM",
+        {
+            **GRANITE,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 40,
+            "shared_intermediate_size": 56,
+        },
+        variants={"no shared expert": {"shared_intermediate_size": 0, "attention_bias": False}},
+    ),
+    "lfm2_moe": Family(
+        "Lfm2MoeConfig",
+        "Lfm2MoeForCausalLM",
+        {
+            "conv_bias": True,
+            "layer_types": ["conv", FULL, "conv"],
+            "moe_intermediate_size": 40,
+            "norm_eps": 0.01,
+            "num_dense_layers": 1,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "rms_norm_eps": REMOVED,
+            "routed_scaling_factor": 1.7,
+        },
+        variants={"plain": {"use_expert_bias": False, "norm_topk_prob": False, "conv_bias": False}},
+    ),
     "llama4": Family(
         "Llama4TextConfig",
         "Llama4ForCausalLM",
@@ -140,6 +220,18 @@ MIXTURES: Mapping[str, Family] = {
             "plain": {"attn_temperature_tuning": False, "attention_bias": True, "attention_chunk_size": None},
             "listed": {"no_rope_layers": [0, 1, 1, 0], "layer_types": [FULL, CHUNKED, FULL, FULL]},
         },
+    ),
+    "minimax_m2": Family(
+        "MiniMaxM2Config",
+        "MiniMaxM2ForCausalLM",
+        {
+            "head_dim": 32,
+            "intermediate_size": 40,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "rope_parameters": {"rope_theta": 3000.0, "partial_rotary_factor": 0.5},
+        },
+        old_minimax_m2,
     ),
     "mixtral": Family(
         "MixtralConfig",

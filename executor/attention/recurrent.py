@@ -2,8 +2,8 @@
 
 A block holds the state after the last of its tokens that were computed and are no drafts; it keeps the inputs of drafts
 (``ops/reference/recurrence.py``). As a group with a window of two tokens, a layer needs the block of the token before.
-So prefix hits, preemption and freeing need nothing of their own: a full block is a snapshot. Blocks are long, since
-states are large.
+So prefix hits, preemption and freeing need nothing of their own: a full block is a snapshot. States are large, so the
+engine core gives most blocks the memory of the one before them, whose state is overwritten then.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class RecurrentStates:
     """Caches float32 states, one per block."""
 
     name = "recurrent"
-    block_size = 256
+    block_size = 32
     block_size_multiple = 1
     kv_layout = STATES_LAYOUT
     needs_rows = False

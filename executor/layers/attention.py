@@ -172,7 +172,7 @@ def form_groups(
     groups = []
     ordered = sorted(members.items(), key=lambda item: not item[0][1].is_cached)
     for number, ((backend, shape, dtype), indexes) in enumerate(ordered):
-        # A block of states holds one, whatever its length: short blocks would fill the memory.
+        # A block of states holds one, whatever its length.
         size = (None if shape.kind in RECURRENT_KINDS else block_size) or backend.block_size
         if size % backend.block_size_multiple:
             raise ModelError(

@@ -76,12 +76,12 @@ CATALOG = (
         gguf=("deepseek2",),
         limits="no KV cache in 8 bits",
     ),
+    Entry("dots.llm1", ("Dots1ForCausalLM",), ("rednote-hilab/dots.llm1.inst",)),
     Entry(
         "ERNIE 4.5",
-        ("Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM"),
-        ("baidu/ERNIE-4.5-0.3B-PT",),
+        ("Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM", "Ernie4_5_MoeForCausalLM"),
+        ("baidu/ERNIE-4.5-0.3B-PT", "baidu/ERNIE-4.5-21B-A3B-PT"),
         gguf=("ernie4_5",),
-        limits="dense models only",
     ),
     Entry(
         "EXAONE 4",
@@ -142,7 +142,12 @@ CATALOG = (
     Entry("gpt-oss", ("GptOssForCausalLM",), ("openai/gpt-oss-20b", "openai/gpt-oss-120b"), gguf=("gpt-oss",)),
     Entry(
         "Granite",
-        ("GraniteForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeHybridForCausalLM"),
+        (
+            "GraniteForCausalLM",
+            "GraniteMoeForCausalLM",
+            "GraniteMoeSharedForCausalLM",
+            "GraniteMoeHybridForCausalLM",
+        ),
         (
             "ibm-granite/granite-3.3-2b-instruct",
             "ibm-granite/granite-3.1-3b-a800m-instruct",
@@ -172,10 +177,10 @@ CATALOG = (
     ),
     Entry(
         "LFM2",
-        ("Lfm2ForCausalLM",),
-        ("LiquidAI/LFM2-350M", "LiquidAI/LFM2-1.2B"),
+        ("Lfm2ForCausalLM", "Lfm2MoeForCausalLM"),
+        ("LiquidAI/LFM2-350M", "LiquidAI/LFM2-1.2B", "LiquidAI/LFM2-8B-A1B"),
         gguf=("lfm2",),
-        limits="text only; dense models only",
+        limits="text only",
     ),
     Entry(
         "Llama",
@@ -194,6 +199,7 @@ CATALOG = (
     Entry(
         "Mamba-2", ("Mamba2ForCausalLM",), ("mistralai/Mamba-Codestral-7B-v0.1",), gguf=("mamba2",), limits=RECURRENT
     ),
+    Entry("MiniMax-M2", ("MiniMaxM2ForCausalLM",), ("MiniMaxAI/MiniMax-M2", "MiniMaxAI/MiniMax-M2.1")),
     Entry(
         "Mistral",
         ("MistralForCausalLM", "Ministral3ForCausalLM"),

@@ -10,9 +10,33 @@ from executor.layers.norm import RMSNorm
 from executor.layers.rotary import RotaryEmbedding
 from executor.layers.self_attention import SelfAttention
 from executor.models.base import WeightsMapper
-from executor.models.decoder import ROTARY_BUFFERS, CausalDecoder, DecoderParts
+from executor.models.decoder import ROTARY_BUFFERS, CausalDecoder, DecoderParts, MakeBlock
 from executor.weights_mapper import STACKS
 from ops import Routing
+
+
+def corrected_mlp(context: ModelContext) -> MakeBlock:
+    """Dense MLPs in the first layers, then experts chosen by corrected sigmoids."""
+    config = context.config
+    num_dense, inner = config.integer("first_k_dense_replace"), config.size("moe_intermediate_size")
+    num_shared = config.integer("n_shared_experts", 0)
+    routing = Routing(
+        config.size("num_experts_per_tok"),
+        "sigmoid",
+        normalize=config.boolean("norm_topk_prob"),
+        factor=config.number("routed_scaling_factor"),
+        num_groups=config.size("n_group"),
+        top_groups=config.size("topk_group"),
+    )
+
+    def mlp(index: int, prefix: str) -> GatedMLP | MoE:
+        if index < num_dense:
+            return GatedMLP(context, prefix=prefix)
+        shared = ("shared_experts", num_shared * inner) if num_shared else None
+        experts = config.size("num_local_experts")
+        return MoE(context, routing, experts, inner, is_corrected=True, shared=shared, prefix=prefix)
+
+    return mlp
 
 
 class Glm4MoeForCausalLM(CausalDecoder):
@@ -42,16 +66,6 @@ class Glm4MoeForCausalLM(CausalDecoder):
         config = context.config
         rotary = RotaryEmbedding(context)
         bias, is_normed = config.boolean("attention_bias"), config.boolean("use_qk_norm")
-        num_dense, inner = config.integer("first_k_dense_replace"), config.size("moe_intermediate_size")
-        num_shared = config.integer("n_shared_experts")
-        routing = Routing(
-            config.size("num_experts_per_tok"),
-            "sigmoid",
-            normalize=config.boolean("norm_topk_prob"),
-            factor=config.number("routed_scaling_factor"),
-            num_groups=config.size("n_group"),
-            top_groups=config.size("topk_group"),
-        )
 
         def head_norm(size: int) -> RMSNorm:
             return RMSNorm(context, size, config.rms_norm_eps)
@@ -60,14 +74,7 @@ class Glm4MoeForCausalLM(CausalDecoder):
             norm = head_norm if is_normed else None
             return SelfAttention(context, rotary, qkv_bias=bias, head_norm=norm, prefix=prefix)
 
-        def mlp(index: int, prefix: str) -> GatedMLP | MoE:
-            if index < num_dense:
-                return GatedMLP(context, prefix=prefix)
-            shared = ("shared_experts", num_shared * inner) if num_shared else None
-            experts = config.size("num_local_experts")
-            return MoE(context, routing, experts, inner, is_corrected=True, shared=shared, prefix=prefix)
-
-        super().__init__(context, DecoderParts(attention, mlp))
+        super().__init__(context, DecoderParts(attention, corrected_mlp(context)))
         # Layers that predict further tokens follow the others.
         after = range(config.num_layers, config.num_layers + config.integer("num_mtp_layers"))
         self.ignored = tuple(rf"^model\.layers\.{index}\." for index in after)

@@ -90,16 +90,49 @@ class GraniteMoeForCausalLM(CausalDecoder):
         super().__init__(context, granite_parts(context, mlp))
 
 
-class GraniteMoeHybridForCausalLM(CausalDecoder):
-    """Granite 4: in models that end in H most layers are Mamba-2. A dense MLP is the expert that all tokens share."""
+def shared_mlp(context: ModelContext) -> MakeBlock:
+    """Experts, one of which all tokens share; or that one alone."""
+    config = context.config
+    inner, num_experts = config.integer("shared_intermediate_size"), config.integer("num_local_experts")
+    is_fused = not config.boolean("has_split_gate_up", False)
+
+    def dense(size: int, prefix: str) -> GatedMLP:
+        return GatedMLP(context, size, is_fused=is_fused, is_summed=num_experts == 0, prefix=prefix)
+
+    def mlp(index: int, prefix: str) -> nn.Module:
+        if num_experts == 0:
+            return dense(config.size("shared_intermediate_size"), prefix)
+        routing = Routing(config.size("num_experts_per_tok"), normalize=True)
+        shared, size = ("shared_mlp", inner) if inner else None, config.intermediate_size
+        return MoE(context, routing, num_experts, size, shared=shared, make_shared=dense, prefix=prefix)
+
+    return mlp
+
+
+class GraniteMoeSharedForCausalLM(CausalDecoder):
+    """Granite 3 with experts, one of which all tokens share."""
 
     mapper = WeightsMapper(
         renames=[
             (r"\.shared_mlp\.input_linear\.", ".mlp.shared_mlp.gate_up_proj."),
             (r"\.shared_mlp\.output_linear\.", ".mlp.shared_mlp.down_proj."),
             *GraniteMoeForCausalLM.mapper.renames,
-            (r"\.(\d+)\.mamba\.", r".\1.self_attn."),
         ],
+        ignored=[ROTARY_BUFFERS],
+        stacks=STACKS,
+    )
+    config_defaults = {**GraniteMoeForCausalLM.config_defaults, "shared_intermediate_size": 0}
+
+    def __init__(self, context: ModelContext) -> None:
+        context.config.size("num_local_experts")
+        super().__init__(context, granite_parts(context, shared_mlp(context)))
+
+
+class GraniteMoeHybridForCausalLM(CausalDecoder):
+    """Granite 4: in models that end in H most layers are Mamba-2. A dense MLP is the expert that all tokens share."""
+
+    mapper = WeightsMapper(
+        renames=[*GraniteMoeSharedForCausalLM.mapper.renames, (r"\.(\d+)\.mamba\.", r".\1.self_attn.")],
         ignored=[ROTARY_BUFFERS],
         transforms={r"\.conv1d\.weight$": transpose_conv},
         stacks=STACKS,
@@ -117,21 +150,8 @@ class GraniteMoeHybridForCausalLM(CausalDecoder):
         kinds = ("attention", "full_attention", "mamba", "linear_attention")  # full and linear since transformers 5
         types = config.layer_types(*kinds, default=lambda index: "mamba")
         has_state = [kind in ("mamba", "linear_attention") for kind in types]
-        inner, num_experts = config.size("shared_intermediate_size"), config.integer("num_local_experts")
-        is_fused = not config.boolean("has_split_gate_up", False)
         is_rotated = config.string("position_embedding_type", "nope") == "rope"
-
-        def dense(size: int, prefix: str) -> GatedMLP:
-            return GatedMLP(context, size, is_fused=is_fused, is_summed=num_experts == 0, prefix=prefix)
-
-        def mlp(index: int, prefix: str) -> nn.Module:
-            if num_experts == 0:
-                return dense(inner, prefix)
-            routing = Routing(config.size("num_experts_per_tok"), normalize=True)
-            shared, size = ("shared_mlp", inner), config.intermediate_size
-            return MoE(context, routing, num_experts, size, shared=shared, make_shared=dense, prefix=prefix)
-
-        parts = granite_parts(context, mlp, is_rotated=is_rotated)
+        parts = granite_parts(context, shared_mlp(context), is_rotated=is_rotated)
         if any(has_state):
             attention, sizes = parts.attention, hybrid_sizes(config)
             conv_bias, bias = config.boolean("mamba_conv_bias"), config.boolean("mamba_proj_bias")
@@ -143,6 +163,6 @@ class GraniteMoeHybridForCausalLM(CausalDecoder):
 
             parts = replace(parts, attention=mixer)
         super().__init__(context, parts)
-        if num_experts == 0:
+        if config.integer("num_local_experts") == 0:
             renames = [*self.mapper.renames, (r"\.mlp\.shared_mlp\.", ".mlp.")]
             self.mapper = replace(self.mapper, renames=renames)

@@ -295,7 +295,7 @@ def cases() -> Iterator[Case]:
     tokens, requests = 64, 16
     starts, lengths = catalog.meta(requests + 1, dtype=torch.int32), catalog.meta(requests, dtype=torch.int32)
     table, slots = catalog.meta(requests, 64, dtype=torch.int32), catalog.meta(tokens, dtype=torch.int64)
-    meta = AttentionMetadata(starts, lengths, table, slots, 256)
+    meta = AttentionMetadata(starts, lengths, table, slots, 32)
     numbers = partial(catalog.meta, dtype=torch.float32)
     shape = AttentionShape(32, 16, 128, 1.0, v_head_dim=128, sliding_window=2, kind="gated_delta", conv_length=4)
     width = 2 * 16 * 128 + 32 * 128

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine_core.messages import ResolvedParams
-from executor.attention.recurrent import RecurrentStates
 from executor.base import ModelError
 from executor.config import ModelConfig, SpeculativeConfig
 from executor.device.cpu import CpuDevice
@@ -387,7 +386,7 @@ def test_mtp_layers_propose_what_their_formula_says(
 def test_mtp_layers_of_qwen_propose_what_their_formula_says(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(RecurrentStates, "block_size", BLOCK_SIZE)
+    monkeypatch.setattr(RequestStates, "tokens_of_drafts", BLOCK_SIZE)
     target = tmp_path / "model"
     source, weights = qwen_mtp_model(target, family)
     reference = qwen_mtp_reference(transformers_model(source), weights)

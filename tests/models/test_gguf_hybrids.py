@@ -206,6 +206,11 @@ def granite_factors(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_logit_scale(config["logits_scaling"])
 
 
+def granite_moe_fields(writer: gguf.GGUFWriter, config: Config) -> None:
+    granite_factors(writer, config)
+    writer.add_expert_shared_feed_forward_length(config["shared_intermediate_size"])
+
+
 def granite_fields(writer: gguf.GGUFWriter, config: Config) -> None:
     mamba_fields(writer, config)
     is_bamba = config["model_type"] == "bamba"
@@ -325,6 +330,7 @@ FAMILIES: dict[str, tuple[str, Files]] = {
         Files("granitehybrid", of_granite, granite_fields, {"num_local_experts": 0, "intermediate_size": 56}),
     ),
     "granitemoe": ("granitemoe", Files("granitemoe", of_granite, granite_factors)),
+    "granitemoeshared": ("granitemoeshared", Files("granitemoe", of_granite, granite_moe_fields)),
     "llama4": (
         "llama4",
         Files(

@@ -8,7 +8,6 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import msgspec
 import numpy as np
@@ -17,12 +16,11 @@ import torch
 
 from api import LLM, SamplingParams
 from api.errors import RequestError
-from engine_core.cache_shape import CacheShape, GroupShape
+from engine_core.cache_shape import CacheShape, GroupShape, Snapshots
 from engine_core.config import CacheConfig, SchedulerConfig
 from engine_core.messages import EngineCoreRequest, ResolvedParams, ResolvedPoolingParams, to_array
 from engine_core.request import Request
 from engine_core.scheduler import Scheduler
-from executor.attention.recurrent import RecurrentStates
 from executor.config import ModelConfig, StepSize
 from executor.device.cpu import CpuDevice
 from executor.kv_memory import KVMemory
@@ -38,6 +36,8 @@ from tests import tiny
 from tests.models.harness import CPU, random_model, random_tokens
 
 BLOCK_SIZE = 32
+SNAPSHOTS = Snapshots(BLOCK_SIZE, every=2 * BLOCK_SIZE)
+"""More states are kept than of long sequences."""
 WINDOW = 40
 MAX_LEN = 512
 MAX_SEQS = 4
@@ -70,8 +70,7 @@ def runner(kind: str, backend: str, dtype: str) -> ModelRunner:
     folder = tiny.checkpoint(kind, **(MODELS | MIXTURES)[kind])
     config = msgspec.convert({"model": str(folder), "dtype": own, "kv_cache_dtype": cache or "auto"}, ModelConfig)
     loaded = load_model(config, ParallelState(), CPU, backend, lambda stage, done, total: None)
-    with patch.object(RecurrentStates, "block_size", BLOCK_SIZE):  # several in a short sequence
-        groups = form_groups(loaded.model.attention_layers(), BLOCK_SIZE)
+    groups = form_groups(loaded.model.attention_layers(), BLOCK_SIZE)
     return ModelRunner(loaded, CpuDevice(), groups, step_size=STEP_SIZE, enforce_eager=False)
 
 
@@ -111,7 +110,12 @@ class Engine:
         """
         self.runner = runner(kind, backend, dtype)
         groups = [
-            GroupShape(num_tokens // BLOCK_SIZE, BLOCK_SIZE, group.shape.sliding_window if frees else None)
+            GroupShape(
+                num_tokens // BLOCK_SIZE,
+                BLOCK_SIZE,
+                group.shape.sliding_window if frees else None,
+                SNAPSHOTS if frees and group.backend.kv_layout == STATES_LAYOUT else None,
+            )
             for group in self.runner.groups
         ]
         num_blocks = tuple(group.num_blocks for group in groups)
@@ -244,17 +248,19 @@ def test_prefixes_are_found_with_windows(kind: str) -> None:
     engine = Engine(kind)
     engine.add(2, PROMPTS[2], 90)
     engine.run()
-    longer = PROMPTS[2] + expected[2].tokens[:70]
+    longer = PROMPTS[2] + expected[2].tokens[:83]
     engine.add(4, [*longer, 5, 6], 20)
     engine.run()
-    assert engine.answers[4].num_cached == len(longer) // BLOCK_SIZE * BLOCK_SIZE
+    assert engine.answers[4].num_cached == len(longer) // 64 * 64 == 320, "a state is kept every 64 tokens of an output"
+    engine.add(0, PROMPTS[0], 90)
+    engine.run()
+    has_states = any(group.backend.kv_layout == STATES_LAYOUT for group in engine.runner.groups)
+    assert engine.answers[0].num_cached == (64 if has_states else 96)
+    assert same({0: engine.answers[0]}, {0: expected[0]})
+    # Last, as both have the same memory.
     fresh = Engine(kind, frees=False)
     fresh.add(4, [*longer, 5, 6], 20)
     assert same(fresh.run(), {4: engine.answers[4]})
-    engine.add(0, PROMPTS[0], 90)
-    engine.run()
-    assert engine.answers[0].num_cached == 96
-    assert same({0: engine.answers[0]}, {0: expected[0]})
 
 
 def test_a_model_of_windows_runs_in_a_fraction_of_the_bytes() -> None:
@@ -315,7 +321,7 @@ def test_a_whole_engine_serves_more_tokens_than_its_cache_holds(kind: str, num_b
 
 
 def test_a_store_and_sleep_change_no_bit(tmp_path: Path) -> None:
-    kind = "qwen3_5"  # attention, and a state for every 256 tokens
+    kind = "qwen3_5"  # attention, and a few states
     params = SamplingParams(temperature=0.8, seed=1, max_tokens=20, ignore_eos=True, logprobs=2)
     prompt = {"prompt_token_ids": random_tokens(300, seed=11)}
 
@@ -333,9 +339,9 @@ def test_a_store_and_sleep_change_no_bit(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match="sleeps"):
             outputs(llm)
         llm.wake_up()
-        assert outputs(llm) == (first, 256)
+        assert outputs(llm) == (first, 288)
     with LLM(model, kv_cache_dir=str(tmp_path), **options) as llm:
-        assert outputs(llm) == (first, 256)
+        assert outputs(llm) == (first, 288)
 
 
 # -- memory that is handed over, and models without a cache -------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ops
-from engine_core.cache_shape import CacheShape, GroupShape
+from engine_core.cache_shape import CacheShape, GroupShape, Snapshots
 from engine_core.config import CacheConfig, SchedulerConfig
 from engine_core.messages import EngineCoreRequest, ResolvedParams, ResolvedPoolingParams
 from engine_core.request import Request
@@ -22,8 +22,17 @@ from executor.config import DeviceConfig, ExecutorConfig, LoRAConfig, ModelConfi
 from executor.device.base import Device
 from executor.device.cpu import CpuDevice
 from executor.inline import InlineExecutor
-from executor.messages import FromWorker, InitKVCache, ModelRunnerOutput, Tensor, ThinkingBudget, WorkerReady
+from executor.messages import (
+    STATES_LAYOUT,
+    FromWorker,
+    InitKVCache,
+    ModelRunnerOutput,
+    Tensor,
+    ThinkingBudget,
+    WorkerReady,
+)
 from executor.parallel import ParallelState
+from executor.request_states import RequestStates
 from executor.worker import Worker
 from ops.dispatch import OpSet
 from tests import tiny
@@ -60,7 +69,7 @@ class ReferenceCpu(CpuDevice):
 
 def new_scheduler(
     num_blocks: int = 48,
-    groups: Sequence[tuple[int, int | None]] = ((BLOCK_SIZE, None),),
+    groups: Sequence[tuple[int, int | None, Snapshots | None]] = ((BLOCK_SIZE, None, None),),
     max_draft_tokens: int = 0,
     num_lookahead_tokens: int = 0,
     **config: Any,
@@ -109,7 +118,11 @@ class Engine:
         self.worker = Worker(ParallelState(), executor, self.answers.append)
         self.worker.start()
         (ready,) = (answer for answer in self.answers if isinstance(answer, WorkerReady))
-        groups = [(group.block_size, group.sliding_window) for group in ready.kv_cache_groups]
+        snapshots = Snapshots(BLOCK_SIZE, 2 * BLOCK_SIZE, RequestStates.tokens_of_drafts)
+        groups = [
+            (group.block_size, group.sliding_window, snapshots if group.layout == STATES_LAYOUT else None)
+            for group in ready.kv_cache_groups
+        ]
         self.worker.handle(InitKVCache((num_blocks,) * len(groups), MAX_LEN))
         self.scheduler = new_scheduler(
             num_blocks, groups, executor.max_draft_tokens, executor.num_lookahead_tokens, **config

@@ -14,11 +14,11 @@ import pytest
 
 from engine_core.messages import ResolvedParams, ResolvedPoolingParams
 from executor.adapter_files import adapter_hash
-from executor.attention.recurrent import RecurrentStates
 from executor.config import LoRAConfig, SpeculativeConfig
 from executor.device.base import Device
 from executor.device.cpu import CpuDevice
 from executor.messages import LoadAdapter, LoRARequest, SchedulerOutput
+from executor.request_states import RequestStates
 from tests import tiny
 from tests.late_device import LateDevice
 from tests.lora import write_adapter
@@ -41,9 +41,9 @@ ALL: list[Request] = [*REQUESTS, *OTHERS]
 
 
 @pytest.fixture(autouse=True)
-def states_in_short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that drafts come to the ends of several."""
-    monkeypatch.setattr(RecurrentStates, "block_size", BLOCK_SIZE)
+def many_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that drafts come to several places where a state is kept."""
+    monkeypatch.setattr(RequestStates, "tokens_of_drafts", BLOCK_SIZE)
 
 
 class AdaptedEngine(Engine):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from engine_core.messages import ResolvedParams, f32
-from executor.attention.recurrent import RecurrentStates
 from executor.base import ModelError
 from executor.config import ModelConfig, SpeculativeConfig
 from executor.decode_steps import DecodeSteps, OneRow
@@ -61,9 +60,9 @@ SETUPS: list[tuple[dict[str, Any], int, int]] = [
 
 
 @pytest.fixture(autouse=True)
-def states_in_short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that drafts come to the ends of several."""
-    monkeypatch.setattr(RecurrentStates, "block_size", BLOCK_SIZE)
+def many_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that drafts come to several places where a state is kept."""
+    monkeypatch.setattr(RequestStates, "tokens_of_drafts", BLOCK_SIZE)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_core.cache_shape import GroupShape
+from engine_core.cache_shape import GroupShape, Snapshots
 from engine_core.messages import FinishReason, RepetitionDetection
 from engine_core.restart import Suspicion
 from executor.messages import RowError, SchedulerOutput, TokenLogprobs, i32, u8
@@ -420,10 +420,13 @@ def test_random_drafts_arrivals_aborts_and_restarts_leak_nothing(data: st.DataOb
     draw = data.draw
     block_size = draw(st.sampled_from([1, 2, 4]))
     num_blocks = draw(st.integers(-(-MAX_LEN // block_size), 3 * -(-MAX_LEN // block_size)))
-    windows = draw(st.sampled_from([(None,), (None,), (5,), (None, 7), (3, None, 16)]))
+    windows = draw(st.sampled_from([(None,), (None,), (5,), (None, 7), (3, None, 16), (None, 2), (2,)]))
+    snapshots = Snapshots(block_size, every=16, every_of_output=8, margin=3) if 2 in windows else None
     engine = Engine.create(
         depth=draw(st.integers(1, 3)),
-        groups=tuple(GroupShape(num_blocks, block_size, window) for window in windows),
+        groups=tuple(
+            GroupShape(num_blocks, block_size, window, snapshots if window == 2 else None) for window in windows
+        ),
         caching=draw(st.booleans()),
         max_num_seqs=draw(st.integers(1, 6)),
         max_num_batched_tokens=draw(st.integers(1, 40)),

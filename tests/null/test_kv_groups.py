@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_core.cache_shape import GroupShape
+from engine_core.cache_shape import GroupShape, Snapshots
 from engine_core.messages import FinishReason
 from executor.messages import RowError, i32
 from tests.null.test_draft_tokens import proposer
@@ -17,6 +18,9 @@ from tests.null.test_scheduler import MAX_LEN, Engine, expected_output, make_req
 FULL = GroupShape(num_blocks=64, block_size=4)
 WINDOW = GroupShape(num_blocks=64, block_size=4, window=10)
 NARROW = GroupShape(num_blocks=128, block_size=2, window=3)
+SNAPSHOTS = Snapshots(4, every=16, every_of_output=8, margin=3, output_tokens=16)
+STATES = GroupShape(num_blocks=64, block_size=4, window=2, snapshots=SNAPSHOTS)
+"""States, few of which are kept."""
 
 GROUPS = {
     "window": (WINDOW,),
@@ -24,6 +28,9 @@ GROUPS = {
     "window and full": (WINDOW, FULL),
     "two windows": (WINDOW, NARROW),
     "three": (NARROW, FULL, WINDOW),
+    "states": (STATES,),
+    "full and states": (FULL, STATES),
+    "states and window": (STATES, FULL, WINDOW),
 }
 
 
@@ -34,7 +41,7 @@ def num_used(engine: Engine) -> list[int]:
 
 def resized(groups: tuple[GroupShape, ...], num_tokens: int) -> tuple[GroupShape, ...]:
     """Groups with room for so many tokens, whatever their windows."""
-    return tuple(GroupShape(num_tokens // group.block_size, group.block_size, group.window) for group in groups)
+    return tuple(replace(group, num_blocks=num_tokens // group.block_size) for group in groups)
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -141,6 +148,49 @@ def test_a_hit_begins_behind_the_window() -> None:
     engine.run()
     assert engine.cached == {0: 0, 1: 44}
     assert engine.outputs[1] == expected_output([*prompt[:44], 9, 10], 3)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("num_drafts", [0, 3])
+@pytest.mark.parametrize("chunk", [5, 64])
+def test_the_next_turn_computes_new_tokens(depth: int, num_drafts: int, chunk: int) -> None:
+    """It goes on from the last state of the turn before, or from the end of its prompt if the answer is told
+    otherwise."""
+    engine = Engine.create(
+        depth=depth,
+        groups=(FULL, STATES),
+        max_num_batched_tokens=chunk,
+        max_draft_tokens=num_drafts,
+        propose=proposer(3, num_drafts),
+    )
+    prompt = never_stops(29, 30)
+    engine.scheduler.add_request(make_request(0, prompt, 30))
+    engine.run()
+    follow_up = [*prompt, *engine.outputs[0], 7, 8, 9]
+    engine.scheduler.add_request(make_request(1, [*prompt, 5, 6], 4))
+    engine.scheduler.add_request(make_request(2, follow_up, 4))
+    engine.run()
+    assert engine.cached == {0: 0, 1: 24, 2: 56}, "29 tokens less 3, and 58: at most 7 tokens of the turn are missing"
+    assert engine.outputs[1] == expected_output([*prompt, 5, 6], 4)
+    assert engine.outputs[2] == expected_output(follow_up, 4)
+
+
+def test_an_output_keeps_its_last_state_and_evicts_no_others() -> None:
+    """The states of a long output take turns in two blocks: those of other conversations stay."""
+    engine = Engine.create(groups=(FULL, replace(STATES, num_blocks=12)), max_num_batched_tokens=64)
+    first, second = never_stops(9, 3), never_stops(13, 40)
+    engine.scheduler.add_request(make_request(0, first, 3))
+    engine.run()
+    engine.scheduler.add_request(make_request(1, second, 40))
+    most = 0
+    while engine.turn():
+        most = max(most, num_used(engine)[1])
+    assert most <= 4
+    states = engine.scheduler.kv.managers[1].pool
+    assert len(states._cached) <= 2 + 1 + 3 + 1, "two of the first, the end of a prompt, every 16 tokens, and the last"
+    engine.scheduler.add_request(make_request(2, [*first, 3, 4], 3))
+    engine.run()
+    assert engine.cached[2] == 8
 
 
 def test_prompts_that_start_together_share_all_groups() -> None:
@@ -253,9 +303,13 @@ def test_random_arrivals_aborts_and_stops_leak_nothing(data: st.DataObject) -> N
     shapes = []
     for _ in range(draw(st.integers(1, 3))):
         size = draw(st.sampled_from([1, 2, 4]))
-        window = draw(st.sampled_from([None, 1, 2, 7, 16, 40]))
-        least = GroupShape(0, size, window).max_live_blocks(MAX_LEN, max(budget, depth * (1 + num_drafts)))
-        shapes.append(GroupShape(least * draw(st.integers(1, 3)) + draw(st.integers(0, 5)), size, window))
+        shape = GroupShape(0, size, draw(st.sampled_from([None, 1, 2, 7, 16, 40])))
+        if shape.window == 2 and draw(st.booleans()):
+            every = draw(st.sampled_from([4, 8]))
+            snapshots = Snapshots(4, every * draw(st.integers(1, 4)), every, draw(st.integers(1, 6)))
+            shape = replace(shape, snapshots=replace(snapshots, output_tokens=depth * (1 + num_drafts)))
+        least = shape.max_live_blocks(MAX_LEN, max(budget, depth * (1 + num_drafts)))
+        shapes.append(replace(shape, num_blocks=least * draw(st.integers(1, 3)) + draw(st.integers(0, 5))))
     engine = Engine.create(
         depth=depth,
         groups=tuple(shapes),

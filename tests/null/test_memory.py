@@ -127,7 +127,7 @@ def test_states_take_at_most_half(kv_bytes: int) -> None:
     states = msgspec.structs.replace(STATES, bytes_per_block=300)
     shape, length = planned(ready(group(2), states, kv_bytes=kv_bytes))
     full, own = shape.groups
-    most = GroupShape(0, 4, 2).max_live_blocks(MODEL_LEN, BUDGET)
+    most = own.max_live_blocks(MODEL_LEN, BUDGET)
     assert own.num_blocks % most == 0 and most <= own.num_blocks <= SEQS * most
     assert own.num_blocks == SEQS * most or 300 * own.num_blocks <= max(2 * full.num_blocks, 300 * most)
     assert 2 * full.num_blocks + 300 * own.num_blocks <= kv_bytes

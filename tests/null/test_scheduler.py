@@ -124,7 +124,8 @@ class Engine:
         **config: object,
     ) -> Engine:
         """An engine with one KV cache group without a window, unless ``groups`` says otherwise."""
-        shape = CacheShape((GroupShape(num_blocks, block_size),) if groups is None else groups)
+        groups = (GroupShape(num_blocks, block_size),) if groups is None else groups
+        shape = CacheShape(groups, has_states=any(group.snapshots is not None for group in groups))
         settings = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "max_in_flight_steps": depth} | config
         scheduler = Scheduler(
             SchedulerConfig(**settings),  # type: ignore[arg-type]

@@ -20,6 +20,8 @@ constexpr int kTokens = 72;
 constexpr int kStrip = 2 * kLanes;
 // Columns of the convolution that a thread takes at a time.
 constexpr int kConvStrip = 4 * kLanes;
+// Tokens of a request whose convolution is computed together.
+constexpr int kConvTokens = 256 + kTokens;
 constexpr int kMaxState = 256;
 // Memory for the results of the convolution; steps that need more are computed in pieces.
 constexpr size_t kMostBytes = 64 << 20;
@@ -66,7 +68,7 @@ public:
                                                  width_, kept_,           kept_row_};
         const int64_t column = static_cast<int64_t>(strip) * kConvStrip;
         const int size = static_cast<int>(std::min<int64_t>(kConvStrip, width_ - column));
-        states_.each(first, last, states_.group.block_size + kTokens, [&](const Piece& piece) {
+        states_.each(first, last, kConvTokens, [&](const Piece& piece) {
             conv.run(piece, column, size, mixed_ + piece.row * stride_ + column, stride_);
             if (strip == 0) keep_steps(piece);
         });

@@ -35,9 +35,16 @@ struct States {
     float* cache;
     int64_t size;  // of a state, with the inputs that it keeps
 
-    float* of(int request, int position) const {
-        const int64_t block = group.block_table[request * group.block_table_stride + position / group.block_size];
-        return cache + block * size;
+    int block_of(int request, int position) const {
+        return group.block_table[request * group.block_table_stride + position / group.block_size];
+    }
+    float* of(int request, int position) const { return cache + int64_t{block_of(request, position)} * size; }
+
+    // Tokens from `position` to `end` whose blocks have the same memory.
+    int same_block(int request, int position, int end) const {
+        int next = position - position % group.block_size + group.block_size;
+        while (next < end && block_of(request, next) == block_of(request, position)) next += group.block_size;
+        return std::min(next, end) - position;
     }
     int drafts(int request) const { return group.num_drafts ? group.num_drafts[request] : 0; }
     int replayed(int request) const { return group.num_replayed ? group.num_replayed[request] : 0; }
@@ -61,7 +68,7 @@ struct States {
     }
 
     // Calls `function` with the pieces of the tokens from `first` to `last`, of at most `most` tokens each and none of
-    // two requests or blocks.
+    // two requests, or of blocks that differ.
     template <class F>
     void each(int first, int last, int most, F function) const {
         int row = 0;
@@ -75,8 +82,8 @@ struct States {
             const int known = token + offset - replays;
             float* state = known ? of(request, known - 1) : nullptr;
             while (token < end) {
-                const int left = group.block_size - (token + offset) % group.block_size;
-                int count = std::min({left, most - replays - own_drafts, end - token, stop - own_drafts - token});
+                int count = std::min({most - replays - own_drafts, end - token, stop - own_drafts - token});
+                count = same_block(request, token + offset, token + offset + count);
                 const int more = token + count == stop - own_drafts ? own_drafts : 0;
                 float* target = of(request, token + offset);
                 function(Piece{token, count + more, replays, more, row, state, target});
