@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from msgspec.structs import replace
 
@@ -27,11 +27,12 @@ TRANSFORMERS = tuple(
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 """Names of the file with the transformer's settings, old ones last; the first that exists counts."""
+TOKENIZER = "tokenizer_config.json"
 METADATA = "artifact.metadata"
 """The settings of models of ColBERT's authors."""
 SPARSE, MULTI_VECTOR = "sparse_linear.pt", "colbert_linear.pt"
 """BGE-M3's layers that weigh tokens, and that make vectors of them."""
-MAX_DOCUMENT = 1 << 20
+MAX_DOCUMENT, MAX_TOKENIZER = 1 << 20, 1 << 24
 MAX_PROMPTS, MAX_PROMPT_CHARS = 256, 1 << 14
 MAX_DENSE = 8
 MAX_MODES = 8
@@ -165,10 +166,22 @@ def _with_settings(path: Path, sentences: SentenceConfig) -> SentenceConfig:
             raise _UnclearError(f"{name}: max_seq_length must be a number of tokens")
         lowers = isinstance(settings, dict) and settings.get("do_lower_case") is True
         sentences = sentences._replace(max_length=length, lowers=lowers)
+    if sentences.max_length is None and (path / MODULES).exists():
+        sentences = sentences._replace(max_length=_tokenizer_length(path))
     return sentences
 
 
-def _is_count(value: object) -> bool:
+def _tokenizer_length(path: Path) -> int | None:
+    """The maximum tokens of a text where sentence-transformers 6 saves it; None: not there."""
+    try:
+        settings = read_json(path / TOKENIZER, MAX_TOKENIZER)
+    except (OSError, ValueError):  # whatever reads the tokenizer says what is wrong
+        return None
+    length = settings.get("model_max_length") if isinstance(settings, dict) else None
+    return length if _is_count(length) else None
+
+
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

@@ -126,6 +126,22 @@ def test_old_names_of_the_transformers_file(tmp_path: Path) -> None:
     assert find_pooler(tmp_path, None).sentences == SentenceConfig(max_length=8, lowers=True)
 
 
+@pytest.mark.parametrize(
+    ("length", "found"),
+    [(77, 77), (10**30, 10**30), (1e30, None), (None, None), (True, None), (0, None), ("9", None)],
+)
+def test_the_length_may_be_the_tokenizer_s(tmp_path: Path, length: Any, found: int | None) -> None:
+    """As sentence-transformers 6 saves it."""
+    write(tmp_path, {"tokenizer_config.json": {"model_max_length": length}})
+    assert find_pooler(tmp_path, None) == ModelPooler()
+    write(tmp_path, {"modules.json": modules("Transformer"), "sentence_bert_config.json": {"transformer_task": "x"}})
+    assert find_pooler(tmp_path, None).sentences == SentenceConfig(max_length=found)
+    write(tmp_path, {"sentence_bert_config.json": {"max_seq_length": 8}})
+    assert find_pooler(tmp_path, None).sentences == SentenceConfig(max_length=8)
+    write(tmp_path, {"sentence_bert_config.json": {}, "tokenizer_config.json": "["})
+    assert find_pooler(tmp_path, None) == ModelPooler()
+
+
 @pytest.mark.parametrize("name", ["maxsim", None, 3, ["dot"]])
 def test_other_similarities_are_cosines(tmp_path: Path, name: Any) -> None:
     write(tmp_path, {"config_sentence_transformers.json": {"similarity_fn_name": name}})
