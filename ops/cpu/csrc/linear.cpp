@@ -47,6 +47,13 @@ Fetch part_of(uintptr_t block, int64_t bytes, int part, int parts) {
     return {block + offset, step};
 }
 
+// The part of a stream's next weights to prefetch during one tile's products. Spread over two tiles, memory is never
+// idle: 5 to 10% faster on Intel's CPUs than during the last one.
+Fetch fetch_during(uintptr_t next, int64_t bytes, int tile, int tiles) {
+    if (tiles == 2 && !is_amd()) return part_of(next, bytes, tile, tiles);
+    return tile + 1 < tiles ? Fetch{} : Fetch{next, kCacheLineBytes};
+}
+
 // Whether a chunk of weights was prefetched, and whether the next one is to be.
 struct Prefetched {
     bool is_here;
@@ -118,7 +125,7 @@ void add_products(const Rows<T>& rows, const TileSums* tiles, int num_tiles, Rig
         for (int i = 0; i < num_tiles; ++i) {
             Left<T> left = rows.tile(tiles[i].begin, tiles[i].count);
             left.data += k * left.block;
-            right.fetch = i + 1 < num_tiles ? Fetch{} : Fetch{next, kCacheLineBytes};
+            right.fetch = fetch_during(next, bytes, i, num_tiles);
             add_dot(tiles[i].count, left, right, blocks, k == 0, tiles[i].sums);
         }
         return;
