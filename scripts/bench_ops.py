@@ -35,9 +35,9 @@ from ops.cpu import library, memory
 from ops.cpu.instructions import kv_shapes
 from ops.dispatch import Spec, StepInput
 
-STREAM_BYTES = 256 << 20
-"""Total size of a kernel's copies of weights or caches: more than any CPU cache holds."""
-MAX_COPIES = 64
+STREAM_BYTES = 512 << 20
+"""Total size of a kernel's copies of weights or caches: some CPUs have caches of 256 MiB."""
+MAX_COPIES = 256
 BLOCK_SIZE = 32
 
 

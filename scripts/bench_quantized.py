@@ -33,8 +33,9 @@ GROUPS = {"int8": (8, None), "int4": (4, 128)}
 """Bits, and columns of a group; None: a row."""
 FLOATS = {"fp8_e4m3": (8, None), "nf4": (4, 64), "fp4": (4, 64), "mxfp4": (4, 32), "nvfp4": (4, 16)}
 """Likewise."""
-STREAM_BYTES = 192 << 20
-MAX_COPIES = 64
+STREAM_BYTES = 512 << 20
+"""Total size of a weight's copies: caches of 256 MiB hold half of them at most."""
+MAX_COPIES = 1024
 
 
 def packer(name: str, out_features: int, in_features: int, activations: Any) -> Callable[[], ops.Weight]:

@@ -55,7 +55,7 @@ from executor.quantization.packed import PackedWeights
 from executor.worker import Worker
 from ops.cpu import library, memory
 
-BANDWIDTH_BYTES = 256 << 20
+BANDWIDTH_BYTES = 512 << 20
 MAX_IN_FLIGHT = 64
 """Steps by which pipeline stages may be apart."""
 EXPERT_SHAPES: dict[str, dict[str, Any]] = {

@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType
 from api.model.gguf_file import GGUFFile
 from ops.cpu import library, memory
 
-BANDWIDTH_BYTES = 256 << 20
+BANDWIDTH_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
