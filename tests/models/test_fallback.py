@@ -89,7 +89,7 @@ def greedy(folder: Path, prompt: list[int], count: int) -> list[int]:
 
 
 def test_a_whole_engine() -> None:
-    folder = checkpoint("dots1")
+    folder = checkpoint("exaone_moe")
     shared = random_tokens(64, 9)  # two blocks: cached after the first request
     prompts = [shared + random_tokens(5 + 7 * index, index) for index in range(6)]
     options: dict[str, Any] = {"max_num_batched_tokens": 40, "max_model_len": 192, "kv_cache_memory": "64MiB"}
@@ -111,7 +111,7 @@ def test_a_built_in_family_gives_the_same_logits_either_way(kind: str) -> None:
 
 
 def test_products_and_tables_are_ours() -> None:
-    model = load(checkpoint("ernie4_5_moe")).model
+    model = load(checkpoint("flex_olmo")).model
     assert isinstance(model.get_submodule("model.layers.0.self_attn.q_proj"), StepLinear)
     assert isinstance(model.get_submodule("model.embed_tokens"), StepEmbedding)
     assert isinstance(model.get_submodule("lm_head"), StepOutput)
@@ -120,7 +120,7 @@ def test_products_and_tables_are_ours() -> None:
 
 
 def test_bfloat16_is_close() -> None:
-    folder, token_ids = checkpoint("dots1"), random_tokens(40)
+    folder, token_ids = checkpoint("exaone_moe"), random_tokens(40)
     logits = logits_of(load(folder, dtype="bfloat16"), token_ids)
     expected = reference_logits(folder, token_ids)
     assert (logits - expected).abs().mean() < 0.1 * expected.std()
@@ -194,7 +194,7 @@ def test_the_sources_say_what_the_classes_say() -> None:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    for kind in ("mixtral", "dots1", "gpt_oss", "falcon", "zamba2", "opt", "gemma3_text", "gpt-sw3"):
+    for kind in ("mixtral", "exaone_moe", "gpt_oss", "falcon", "zamba2", "opt", "gemma3_text", "gpt-sw3"):
         name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
         found = getattr(transformers, name)
         can_run = found._supports_attention_backend and not found._is_stateful
@@ -204,7 +204,7 @@ def test_the_sources_say_what_the_classes_say() -> None:
 def test_the_check_of_a_configuration_loads_no_torch() -> None:
     code = (
         "import sys; from executor.supported import check_supported; "
-        "check_supported({'architectures': ['Dots1ForCausalLM'], 'model_type': 'dots1'}); "
+        "check_supported({'architectures': ['ExaoneMoeForCausalLM'], 'model_type': 'exaone_moe'}); "
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -229,14 +229,14 @@ def edited(name: str, target: Path, **fields: Any) -> Path:
 @pytest.mark.parametrize(
     ("name", "fields", "reason"),
     [
-        ("dots1", {"n_routed_experts": 1 << 40}, "n_routed_experts must be at most 32768"),
-        ("dots1", {"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 1024"),
-        ("dots1", {"num_attention_heads": "four"}, "transformers rejects this configuration"),
-        ("dots1", {"num_key_value_heads": 3}, ""),
-        ("dots1", {"hidden_act": "no such function"}, "transformers cannot build this model"),
-        ("dots1", {"n_routed_experts": 5}, "has shape"),
-        ("ernie4_5_moe", {"num_hidden_layers": 4}, "is missing"),
-        ("ernie4_5_moe", {"num_hidden_layers": 2}, "is not part of this model"),
+        ("exaone_moe", {"num_experts": 1 << 40}, "num_experts must be at most 32768"),
+        ("exaone_moe", {"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 1024"),
+        ("exaone_moe", {"num_attention_heads": "four"}, "transformers rejects this configuration"),
+        ("exaone_moe", {"num_key_value_heads": 3}, ""),
+        ("exaone_moe", {"hidden_act": "no such function"}, "transformers cannot build this model"),
+        ("exaone_moe", {"num_experts": 5}, "has shape"),
+        ("flex_olmo", {"num_hidden_layers": 4}, "is missing"),
+        ("flex_olmo", {"num_hidden_layers": 2}, "is not part of this model"),
     ],
 )
 def test_contradictory_configurations_get_one_line(
@@ -248,7 +248,7 @@ def test_contradictory_configurations_get_one_line(
 
 
 def test_json_fields_are_read_in_either_spelling(tmp_path: Path) -> None:
-    folder = tiny.copy_of(checkpoint("ernie4_5_moe"), tmp_path)
+    folder = tiny.copy_of(checkpoint("flex_olmo"), tmp_path)
     config = json.loads((folder / "config.json").read_text())
     rope = config.pop("rope_parameters")
     config |= {"rope_theta": rope["rope_theta"], "torch_dtype": config.pop("dtype")}
@@ -256,4 +256,4 @@ def test_json_fields_are_read_in_either_spelling(tmp_path: Path) -> None:
         config["num_experts"] = config.pop("num_local_experts")
     (folder / "config.json").write_text(json.dumps(config))
     token_ids = random_tokens(20)
-    assert_close(logits_of(load(folder), token_ids), reference_logits(checkpoint("ernie4_5_moe"), token_ids))
+    assert_close(logits_of(load(folder), token_ids), reference_logits(checkpoint("flex_olmo"), token_ids))

@@ -24,7 +24,8 @@ from tests.mixtures import MIXTURES
 from tests.models.harness import assert_close, load, logits_of, random_tokens, reference_logits
 
 KINDS = [*MIXTURES, *(name for name in HYBRIDS if name in ("granite4_h", "nemotron_h", "qwen3_5_moe", "qwen3_next"))]
-COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_k")
 EQUAL = 2
 """The first of the experts with equal scores and weights; those before it have their own."""
 
@@ -40,7 +41,7 @@ def skewed(folder: Path, target: Path) -> Path:
     folder = tiny.copy_of(folder, target)
     config = json.loads((folder / "config.json").read_text())
     hidden, count = config["hidden_size"], next(config[name] for name in COUNTS if config.get(name))
-    first = config.get("num_experts_per_tok") or config["top_k_experts"]
+    first = next(config[name] for name in CHOSEN if config.get(name))
     # The first is best, and the second where a token gets three.
     weights = [0.1 if first > EQUAL else -0.2, 0.3, *[0.05] * (count - EQUAL)]
     tensors = load_file(folder / "model.safetensors")
@@ -61,7 +62,7 @@ def _change(name: str, tensor: Tensor, hidden: int, weights: Tensor) -> None:
         tensor.zero_()
         if tensor.dim() == 2:
             tensor[:, 0] = weights
-    elif name.endswith("e_score_correction_bias"):
+    elif name.endswith(("e_score_correction_bias", "expert_bias")):
         tensor.fill_(0.4)
     elif name.endswith("router.scale"):
         tensor[0] = 1.0

@@ -443,7 +443,8 @@ def test_a_stage_waits_for_the_tokens_before_a_plan_without_drafts() -> None:
     def waits(max_drafts: int, lacks_tokens: bool, drafts: bytes = b"") -> bool:
         stage = SimpleNamespace(is_last=False, lacks_tokens=lambda plan, states: lacks_tokens)
         speculation = SimpleNamespace(max_drafts=max_drafts, is_expected=lambda slots: True)
-        runner: Any = SimpleNamespace(stage=stage, speculation=speculation, states=RequestStates(1, 9, []))
+        states = RequestStates(1, 9, [])
+        runner: Any = SimpleNamespace(stage=stage, speculation=speculation, states=states, late=None)
         plan: Any = SimpleNamespace(num_draft_tokens=drafts, forced_drafts=(), slots=bytes(4))
         return ModelRunner.must_wait_for_drafts(runner, plan)
 
