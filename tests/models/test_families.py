@@ -119,7 +119,7 @@ ROUGH_IN_BFLOAT16 = {
 }
 """Families whose logits rounding changes so much, in transformers too, that its error is the measure: tokens may get
 other experts."""
-SEEDS_IN_BFLOAT16 = {"dots1": 2, "ernie4_5_moe": 2, "mixtral": 4}
+SEEDS_IN_BFLOAT16 = {"dots1": 6, "ernie4_5_moe": 2, "mixtral": 4}
 """Of tokens that rounding gives no other experts than in transformers, where those of the usual seed get others."""
 
 
