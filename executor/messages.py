@@ -503,12 +503,6 @@ class ModelSurvey(Message, frozen=True):
     """Memory that is available before."""
     weights: dict[str, int]
     """Bytes of the weights by kind: attention, mlp, experts, tables, images, others."""
-    read_bytes: int
-    """Bytes of the weights that every step reads: all but experts and a table that is only looked up in."""
-    expert_bytes: int
-    """Bytes of the weights of all experts."""
-    expert_share: float
-    """Share of its layer's experts that a token has."""
     num_threads: int = 0
     """Threads with which the following was measured."""
     capability: str = ""
@@ -516,7 +510,7 @@ class ModelSurvey(Message, frozen=True):
     bytes_per_s: float = 0.0
     """Memory bandwidth; 0: unknown."""
     decode_seconds: dict[int, float] = {}
-    """Time of a step by its number of requests, apart from reading weights and cache; empty: unknown."""
+    """Time of a step of the whole model, by its number of requests; empty: unknown."""
     prefill_seconds: float = 0.0
     """The same for a prompt of ``prefill_tokens``."""
     prefill_tokens: int = 0

@@ -4,16 +4,21 @@ The model is built as for serving, and its parameters are matched with the check
 stored types take the same memory, so one of each kind is read and packed, and stands in for the others: all numbers are
 those of the real code, and most of the weights stay on the disk. The step is captured like that of a worker.
 
+To time steps, as many layers are read as exceed the CPU's caches, and take turns as the others. So a step reads all its
+weights from memory while it computes, as when serving: no model of how the two overlap is needed.
+
 ``python -m executor.plan [measure]`` takes an ``ExecutorConfig`` on standard input. It writes the ``ModelSurvey`` of
 each rank, or a ``WorkerFailed``.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -31,7 +36,7 @@ from executor.image_inputs import create_image_inputs
 from executor.layers.attention import form_groups
 from executor.layers.embedding import VocabParallelEmbedding
 from executor.layers.linear import LinearLayer
-from executor.layers.moe import MoE
+from executor.layers.moe import MoE, Router
 from executor.layers.parameter import WeightParameter, Weights
 from executor.loader import LoadedModel, Target, is_tied_by_file, load_tower, match_weights, prepare_model
 from executor.messages import (
@@ -52,13 +57,18 @@ from ops import Communicator
 from ops.cpu import library, memory
 from ops.dispatch import Spec
 
-BANDWIDTH_BYTES = 256 << 20
-"""Memory that is read to measure the bandwidth: more than caches hold."""
+LEAST_BANDWIDTH_BYTES = 256 << 20
+"""Memory that is read to measure the bandwidth, if it exceeds twice the caches."""
+UNKNOWN_CACHE_BYTES = 256 << 20
+"""Size of the caches if the system does not say it: few CPUs have more."""
 TIMED_STREAMS = (1, 8, 32)
 """Requests that decode at the same time in the steps that are timed."""
 TIMED_CONTEXT = 512
 """Tokens of each of them."""
 TIMED_STEPS = 5
+"""At least; up to ``MOST_TIMED_STEPS`` within ``TIMED_SECONDS``."""
+MOST_TIMED_STEPS = 25
+TIMED_SECONDS = 0.5
 _KINDS = (("experts", "experts"), ("attn", "attention"), ("mlp", "mlp"))
 
 
@@ -68,11 +78,22 @@ def survey(config: ExecutorConfig, parallel: ParallelState, *, measures: bool = 
     Args:
         config: Configuration of the workers.
         parallel: The rank.
-        measures: Measure what this machine can do, which takes half a second. Only of CPUs.
+        measures: Measure what this machine can do, which takes seconds. Only of CPUs.
 
     Raises:
         ModelError: The model cannot be served as configured.
     """
+    found, runner = prepare(config, parallel, measures=measures)
+    if not measures or not runner.device.shares_memory:
+        return found
+    found = measure_bandwidth(found)
+    return TimedSteps(found, runner).measure() if found.ready.pooling.generates else found
+
+
+def prepare(
+    config: ExecutorConfig, parallel: ParallelState, *, measures: bool = True
+) -> tuple[ModelSurvey, ModelRunner]:
+    """What ``survey`` finds before it measures, and what runs the steps to measure. See there."""
     torch.set_grad_enabled(False)
     device = create_device(config.device.device)
     device.initialize(config.device, parallel.local_rank)
@@ -90,7 +111,9 @@ def survey(config: ExecutorConfig, parallel: ParallelState, *, measures: bool = 
     targets: Mapping[str, Target] = {}
     if checkpoint is not None:
         _, targets, stored = match_weights(model, checkpoint, context, is_tied_by_file=is_tied_by_file(config.model))
-    weights = _pack_one_of_each(model, targets, stored)
+    has_experts = any(isinstance(module, MoE) for module in model.modules())
+    num_bytes = (4 if has_experts else 2) * cache_bytes() if measures and device.shares_memory else 0
+    weights = _pack_some(model, targets, stored, min(num_bytes, before.free_bytes // 4))
     tower = load_tower(config.model, context, config.device.attention_backend, lambda *_: None)
     if tower is not None:  # small enough to be loaded
         weights["images"] = sum(parameter.nbytes for parameter in tower.parameters())
@@ -104,8 +127,23 @@ def survey(config: ExecutorConfig, parallel: ParallelState, *, measures: bool = 
         of_adapters = LoadedAdapters(loaded, config.lora).num_bytes(runner.max_tokens)
         ready = msgspec.structs.replace(ready, step_bytes=ready.step_bytes + of_adapters)
     runner.speculative = None  # nothing is drafted in the steps that are timed
-    found = _count_bytes(ready, before.free_bytes, model, weights, has_logits=runner.stage.is_last)
-    return time_steps(measure_bandwidth(found), runner) if measures and device.shares_memory else found
+    return ModelSurvey(ready=ready, free_bytes=before.free_bytes, weights=weights), runner
+
+
+def cache_bytes() -> int:
+    """Size of the largest caches of the cores that this process may use, all together."""
+    found: dict[tuple[int, str], int] = {}
+    for core in os.sched_getaffinity(0):
+        for cache in Path(f"/sys/devices/system/cpu/cpu{core}/cache").glob("index*"):
+            try:
+                level, shared, size = (
+                    (cache / name).read_text().strip() for name in ("level", "shared_cpu_list", "size")
+                )
+                found[int(level), shared] = int(size.removesuffix("K")) << 10
+            except (OSError, ValueError):  # a virtual machine may hide some
+                continue
+    last = max((level for level, _ in found), default=0)
+    return sum(size for (level, _), size in found.items() if level == last) or UNKNOWN_CACHE_BYTES
 
 
 class _Alone:
@@ -189,10 +227,12 @@ def _report(runner: ModelRunner, loaded: LoadedModel, device: Device, before: Me
     return msgspec.structs.replace(ready, node_rank=node_rank)
 
 
-def _pack_one_of_each(
-    model: nn.Module, targets: Mapping[str, Target], found: Mapping[str, StoredTensor]
+def _pack_some(
+    model: nn.Module, targets: Mapping[str, Target], found: Mapping[str, StoredTensor], num_bytes: int
 ) -> dict[str, int]:
-    """Loads and packs one of each kind of layer, and puts it in the place of the others.
+    """Loads and packs one of each kind of layer, and more up to ``num_bytes``. They stand in for the others, in turn.
+
+    If there are to be more, steps are timed: then routers choose at random, as if all experts were alike.
 
     Returns:
         Bytes of the weights of all layers, by kind.
@@ -205,19 +245,31 @@ def _pack_one_of_each(
         if name in found:
             stored.setdefault(target.parameter, []).append((found[name], target))
     sizes = {"attention": 0, "mlp": 0, "experts": 0, "tables": 0, "others": 0}
-    packed: dict[object, tuple[Weights, int]] = {}
+    packed: dict[object, list[Weights]] = {}
+    turns: dict[object, int] = {}
+    all_bytes = 0
     for parent, attribute, name, module in _outermost(model):
         signature = _signature(parent, module, stored)
-        if signature not in packed:
-            _load(module, name, stored)
-            packed[signature] = module, sum(parameter.nbytes for parameter in module.parameters())
-        module, num_bytes = packed[signature]
+        standins = packed.setdefault(signature, [])
+        is_random = isinstance(parent, Router) and num_bytes > 0
+        if not standins or is_random or all_bytes < num_bytes:
+            _load(module, name, stored, is_random=is_random or not found)
+            standins.append(module)
+            all_bytes += sum(parameter.nbytes for parameter in module.parameters())
+        turn = turns[signature] = turns.get(signature, -1) + 1
+        module = standins[turn % len(standins)]
         setattr(parent, attribute, module)
         is_table = isinstance(parent, VocabParallelEmbedding)
         kind = next((kind for word, kind in _KINDS if word in name), "others")
-        sizes["tables" if is_table else kind] += num_bytes
-    inner = {id(parameter) for module, _ in packed.values() for parameter in module.parameters()}
-    sizes["others"] += sum(each.nbytes for each in model.parameters() if id(each) not in inner)
+        sizes["tables" if is_table else kind] += sum(parameter.nbytes for parameter in module.parameters())
+    inner = {id(parameter) for modules in packed.values() for each in modules for parameter in each.parameters()}
+    others = {name: each for name, each in model.named_parameters() if id(each) not in inner}
+    sizes["others"] += sum(each.nbytes for each in others.values())
+    if num_bytes:
+        for name, parameter in others.items():
+            if isinstance(parameter, WeightParameter):
+                is_router = isinstance(model.get_submodule(name.rpartition(".")[0]), Router)
+                _fill(parameter, stored, is_random=is_router or not found)
     return sizes
 
 
@@ -248,15 +300,15 @@ def _signature(
     return tuple(facts)
 
 
-def _load(module: Weights, name: str, stored: Mapping[WeightParameter, list[tuple[StoredTensor, Target]]]) -> None:
-    """Reads the tensors of a layer, or makes them up if there is no checkpoint, and packs it."""
+_Stored = Mapping[WeightParameter, list[tuple[StoredTensor, Target]]]
+
+
+def _load(module: Weights, name: str, stored: _Stored, *, is_random: bool) -> None:
+    """Reads the tensors of a layer, or makes them up, and packs it."""
     try:
         for parameter in list(module.parameters()):
             assert isinstance(parameter, WeightParameter)
-            for tensor, target in stored.get(parameter, ()):
-                parameter.load(tensor.read(parameter.stored_dtype), target.shard_id)
-            if not stored and not parameter.is_optional:
-                parameter.fill_randomly(torch.Generator().manual_seed(0))
+            _fill(parameter, stored, is_random=is_random)
         for inner in module.modules():  # one that packs may drop those inside it
             if isinstance(inner, Weights):
                 inner.pack()
@@ -264,24 +316,13 @@ def _load(module: Weights, name: str, stored: Mapping[WeightParameter, list[tupl
         raise ModelError(f"{name.removesuffix('.weights')}: {error}") from error
 
 
-def _count_bytes(
-    ready: WorkerReady, free_bytes: int, model: nn.Module, weights: dict[str, int], *, has_logits: bool
-) -> ModelSurvey:
-    """Adds what a step reads. ``has_logits``: this is the last pipeline stage, which computes them."""
-    modules = list(model.modules())
-    tables = [module for module in modules if isinstance(module, VocabParallelEmbedding)]
-    mixtures = [module for module in modules if isinstance(module, MoE)]
-    share = mixtures[0].routing.top_k / mixtures[0].num_experts if mixtures else 1.0
-    lookups = [table for table in tables if not (table.shape.makes_logits and has_logits)]
-    only_looked_up = sum(parameter.nbytes for table in lookups for parameter in table.parameters())
-    return ModelSurvey(
-        ready=ready,
-        free_bytes=free_bytes,
-        weights=weights,
-        read_bytes=sum(weights.values()) - weights["experts"] - weights.get("images", 0) - only_looked_up,
-        expert_bytes=weights["experts"],
-        expert_share=share,
-    )
+def _fill(parameter: WeightParameter, stored: _Stored, *, is_random: bool) -> None:
+    """Reads the tensors of a parameter, or makes them up."""
+    if is_random and not parameter.is_optional:
+        parameter.fill_randomly(torch.Generator().manual_seed(0))
+        return
+    for tensor, target in stored.get(parameter, ()):
+        parameter.load(tensor.read(parameter.stored_dtype), target.shard_id)
 
 
 def measure_bandwidth(survey: ModelSurvey) -> ModelSurvey:
@@ -289,7 +330,7 @@ def measure_bandwidth(survey: ModelSurvey) -> ModelSurvey:
     kernels, num_threads = library.chosen(), torch.get_num_threads()
     if kernels is None:
         return msgspec.structs.replace(survey, num_threads=num_threads)
-    buffer = memory.map_zeros(BANDWIDTH_BYTES).fill_(1)
+    buffer = memory.map_zeros(max(LEAST_BANDWIDTH_BYTES, 2 * cache_bytes())).fill_(1)
     data, size = buffer.data_ptr(), len(buffer)
     return msgspec.structs.replace(
         survey,
@@ -299,29 +340,49 @@ def measure_bandwidth(survey: ModelSurvey) -> ModelSurvey:
     )
 
 
-def time_steps(survey: ModelSurvey, runner: ModelRunner) -> ModelSurvey:
-    """Adds the times of steps on the few layers that are there.
+class TimedSteps:
+    """Steps with the few layers that are there.
 
-    All arithmetic is that of the whole model. Its weights come from caches as far as they fit, and K and V are zeros on
-    a single page, so what reading them takes must be added (``bytes_per_s``).
+    Computing, reading weights and reading K and V take what they take with the whole model.
     """
-    if not survey.ready.pooling.generates:
-        return survey
-    most = runner.step_size.max_num_seqs
-    streams = [count for count in TIMED_STREAMS if count <= most]
-    max_len = min(survey.ready.max_model_len, TIMED_CONTEXT + TIMED_STEPS + 1)
-    num_tokens = min(max_len, runner.max_tokens, TIMED_CONTEXT)
-    blocks = [-(-max_len // group.block_size) for group in survey.ready.kv_cache_groups]
-    runner.initialize(InitKVCache(tuple(most * count for count in blocks), max_len))
-    plans = _Plans(blocks, survey.ready.vocab_size)
-    decode: dict[int, float] = {}
-    for count in streams:
-        slots = list(range(count))
-        times = [_seconds(runner, plans.start(slots, max_len - TIMED_STEPS - 1))]
-        times += [_seconds(runner, plans.go_on(slots)) for _ in range(TIMED_STEPS)]
-        decode[count] = statistics.median(times[1:])
-    prefill = min(_seconds(runner, plans.start([0], 0, num_tokens)) for _ in range(2))
-    return msgspec.structs.replace(survey, decode_seconds=decode, prefill_seconds=prefill, prefill_tokens=num_tokens)
+
+    def __init__(self, survey: ModelSurvey, runner: ModelRunner) -> None:
+        """Takes what ``prepare`` returns, of a model that generates."""
+        self._survey = survey
+        self._runner = runner
+        most = runner.step_size.max_num_seqs
+        max_len = min(survey.ready.max_model_len, TIMED_CONTEXT + MOST_TIMED_STEPS + 1)
+        blocks = [-(-max_len // group.block_size) for group in survey.ready.kv_cache_groups]
+        self._context = max_len - MOST_TIMED_STEPS - 1
+        self._num_tokens = min(max_len, runner.max_tokens, TIMED_CONTEXT)
+        runner.initialize(InitKVCache(tuple(most * count for count in blocks), max_len))
+        self._plans = _Plans(blocks, survey.ready.vocab_size)
+        groups = zip(survey.ready.kv_cache_groups, blocks, strict=True)
+        of_stream = sum(group.bytes_per_block * count for group, count in groups)
+        room = runner.device.memory().free_bytes // 2
+        self.streams = [count for count in TIMED_STREAMS if count <= most and (count == 1 or count * of_stream <= room)]
+        """Numbers of requests of the steps that can be timed: their KV cache fits twice."""
+        for tensors, count in zip(runner.cached_tensors(), blocks, strict=True):
+            for tensor in tensors:
+                tensor[: self.streams[-1] * count].zero_()  # reading a page that was never written reads no memory
+
+    def decode(self, num_streams: int) -> float:
+        """Median seconds of a step in which each request gets a token."""
+        slots = list(range(num_streams))
+        _seconds(self._runner, self._plans.start(slots, self._context))
+        times: list[float] = []
+        while len(times) < TIMED_STEPS or (len(times) < MOST_TIMED_STEPS and sum(times) < TIMED_SECONDS):
+            times.append(_seconds(self._runner, self._plans.go_on(slots)))
+        return statistics.median(times)
+
+    def measure(self) -> ModelSurvey:
+        """The survey with the times of steps."""
+        decode = {count: self.decode(count) for count in self.streams}
+        num_tokens = self._num_tokens
+        prefill = min(_seconds(self._runner, self._plans.start([0], 0, num_tokens)) for _ in range(2))
+        return msgspec.structs.replace(
+            self._survey, decode_seconds=decode, prefill_seconds=prefill, prefill_tokens=num_tokens
+        )
 
 
 class _Plans:

@@ -28,35 +28,32 @@ class Speed:
 
     Attributes:
         surveys: What its workers would report, and what the machine can do.
-        kv_bytes_per_token: What a token of context takes in the KV cache.
         share: Share of the machine's bandwidth and arithmetic that the engine has; with several machines like it, their
             number: each reads its own stages.
         num_stages: Pipeline stages, each with its share of that.
     """
 
     surveys: Sequence[ModelSurvey]
-    kv_bytes_per_token: float
     share: float = 1.0
     num_stages: int = 1
 
     @property
     def streams(self) -> tuple[int, ...]:
         """Numbers of requests whose steps can be predicted."""
-        return tuple(self.rates.decode_seconds) if self.rates.bytes_per_s else ()
+        return tuple(self.rates.decode_seconds)
 
     @property
     def rates(self) -> ModelSurvey:
         """The survey with what the machine can do."""
         return self.surveys[0]
 
-    def _seconds(self, measured: float, num_bytes: float) -> float:
-        """A step computes while it reads, so the longer of the two counts."""
-        return max(measured, num_bytes / self.rates.bytes_per_s) / self.share
-
-    def _weight_bytes(self, num_tokens: int) -> float:
-        """Weights that a step reads; experts as if tokens chose them at random."""
-        read = 1 - (1 - self.rates.expert_share) ** num_tokens
-        return sum(each.read_bytes + each.expert_bytes * read for each in self.surveys)
+    def _step(self, num_streams: int) -> float:
+        """Seconds of a step with all layers: between the numbers of requests that were measured, in proportion."""
+        measured = self.rates.decode_seconds
+        below = max(count for count in measured if count <= num_streams)
+        above = min((count for count in measured if count >= num_streams), default=below)
+        part = (num_streams - below) / (above - below) if above > below else 0.0
+        return (1 - part) * measured[below] + part * measured[above]
 
     def decode(self, num_streams: int) -> float:
         """Seconds in which each stream gets a token after ``CONTEXT`` others.
@@ -64,15 +61,11 @@ class Speed:
         With stages, streams take turns: each turn reads all weights, and one stream alone waits for all stages.
         """
         turns = self.num_stages
-        num_bytes = turns * self._weight_bytes(-(-num_streams // turns))
-        num_bytes += (turns if num_streams == 1 else 1) * num_streams * CONTEXT * self.kv_bytes_per_token
-        measured = self.rates.decode_seconds
-        return self._seconds(max(measured[num_streams], turns * measured[min(measured)]), num_bytes)
+        return turns * self._step(-(-num_streams // turns)) / self.share
 
     def prefill(self) -> float:
         """Prompt tokens per second."""
-        num_tokens = self.rates.prefill_tokens
-        return num_tokens / self._seconds(self.rates.prefill_seconds, self._weight_bytes(num_tokens))
+        return self.rates.prefill_tokens * self.share / self.rates.prefill_seconds
 
 
 def run(config: ServerConfig, name: str, *, as_json: bool = False) -> int:
@@ -127,7 +120,7 @@ def count_machines(plan: ServingPlan) -> int:
 
 def figures(plan: ServingPlan, name: str, num_replicas: int = 1, num_stages: int = 1) -> dict[str, Any]:
     """All figures as JSON: bytes, tokens, milliseconds."""
-    speed = Speed(plan.surveys, plan.kv_bytes_per_token, count_machines(plan) / num_replicas, num_stages)
+    speed = Speed(plan.surveys, count_machines(plan) / num_replicas, num_stages)
     ranks = [
         {
             "rank": survey.ready.rank,
@@ -180,7 +173,7 @@ def report(plan: ServingPlan, name: str, num_replicas: int, num_nodes: int, num_
         of_token = _size(plan.kv_bytes_per_token)
         yield f"  KV cache: {_size(sum(plan.kv_cache_bytes))}, {plan.num_kv_tokens} tokens of {of_token}"
     yield f"  longest sequence: {plan.max_model_len} tokens"
-    speed = Speed(plan.surveys, plan.kv_bytes_per_token, count_machines(plan) / num_replicas, num_stages)
+    speed = Speed(plan.surveys, count_machines(plan) / num_replicas, num_stages)
     if speed.streams:
         times = ", ".join(f"{count}: {speed.decode(count) * 1e3:.4g} ms" for count in speed.streams)
         yield f"  predicted step by number of streams, with {CONTEXT} tokens of context each: {times}"
