@@ -100,6 +100,30 @@ def test_attention_of_random_batches(capability: str, name: str, dtype: torch.dt
                 assert same_bits(result, alone_result)
 
 
+@pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES, ids=str)
+@pytest.mark.parametrize("block_size", [32, 96])
+def test_a_few_tokens_of_each_request(
+    capability: str, block_size: int, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> None:
+    """As with drafts, within blocks, across their ends, and across parts of the context that threads may share."""
+    starts, counts = [40, 29, 254, 33, 250, 0], [3, 4, 4, 2, 4, 1]
+    lengths = [start + count for start, count in zip(starts, counts, strict=True)]
+    for shape in (SHAPES["groups of 3"], AttentionShape(2, 2, 40, scale=0.2, sliding_window=70)):
+        results: list[list[Tensor]] = []
+        with use(capability):
+            for num_threads, together in ((1, False), (1, True), (3, True)):
+                with threads(num_threads):
+                    requests = Requests(shape, lengths, dtype, block_size=block_size, cache_dtype=cache_dtype, seed=5)
+                    requests.step({row: start for row, start in enumerate(starts) if start})
+                    if together:
+                        results.append([*requests.step(dict(enumerate(counts))).values()])
+                    else:
+                        one = [[requests.step({row: 1})[row] for _ in range(n)] for row, n in enumerate(counts)]
+                        results.append([torch.cat(each) for each in one])
+        for found in results[1:]:
+            assert all(same_bits(mine, alone) for mine, alone in zip(found, results[0], strict=True))
+
+
 def run_randomly(requests: Requests, lengths: list[int], rng: random.Random) -> list[Tensor]:
     """Steps with random requests and random numbers of tokens, until all are done."""
     parts: list[list[Tensor]] = [[] for _ in lengths]

@@ -43,74 +43,6 @@ struct Kind<LatentCache<T>> {
 const OctavoAttention& common(const OctavoAttention& op) { return op; }
 const OctavoAttention& common(const OctavoLatentAttention& op) { return op.attention; }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Writing K and V
-
-// Whether a token's slot does not follow the previous token's: a new block, or another request.
-bool starts_run(const OctavoGroup& group, int token) {
-    const int64_t slot = group.slot_mapping[token];
-    return token == 0 || slot % group.block_size == 0 || slot != group.slot_mapping[token - 1] + 1;
-}
-
-template <class Cache, class T = typename Cache::T>
-void write_head(const OctavoAttention& op, const Cache& cache, const OctavoStep& step, int token, int head) {
-    const int64_t slot = step.groups[op.group].slot_mapping[token];
-    const T* k = static_cast<const T*>(op.k.data) + token * op.k.stride + head * op.head_dim;
-    const T* v = static_cast<const T*>(op.v.data) + token * op.v.stride + head * op.v_head_dim;
-    T key[kMaxHeadDim];
-    if (op.k_heads.has_norm || op.k_heads.rotary_dim) {
-        float numbers[kMaxHeadDim];
-        const int position = op.k_heads.rotary_dim ? step.positions[token] : 0;
-        prepare_head(k, op.head_dim, op.k_heads, position, op.head_dim, numbers);
-        for (int i = 0; i < op.head_dim; i += kLanes) store(key + i, load(numbers + i));
-        k = key;
-    }
-    const int place = static_cast<int>(slot % cache.block_size);
-    cache.write(slot / cache.block_size, head, place, k, op.head_dim, v, op.v_head_dim);
-}
-
-template <class T>
-void write_head(const OctavoAttention&, const LatentCache<T>& cache, const OctavoStep& step, int token, int) {
-    cache.write(step, token);
-}
-
-// Threads take whole runs, so that a block is cleared and filled by the same thread.
-template <class Cache>
-void write_kv(const OctavoAttention& op, const Cache& cache, const OctavoStep& step, const Team& team) {
-    const OctavoGroup& group = step.groups[op.group];
-    const Range mine = team.share(step.num_tokens);
-    int token = mine.begin;
-    while (token < mine.end && !starts_run(group, token)) ++token;
-    if (token == mine.end) return;
-    for (; token < step.num_tokens && (token < mine.end || !starts_run(group, token)); ++token)
-        for (int head = 0; head < op.num_kv_heads; ++head) write_head(op, cache, step, token, head);
-}
-
-// Whether only the token's own request and head read what this step writes: each request has one token and none
-// completes a block (only full blocks may be shared). Then the attending thread writes K and V itself, with no barrier
-// in between.
-bool writes_alone(const OctavoAttention& op, const OctavoGroup& group, int num_tokens, int rows_per_tile) {
-    if (num_tokens != group.num_reqs || op.num_heads / op.num_kv_heads > rows_per_tile) return false;
-    for (int i = 0; i < num_tokens; ++i)
-        if (group.query_start_loc[i] != i || (group.slot_mapping[i] + 1) % group.block_size == 0) return false;
-    return true;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Attending
-
-// Consecutive rows of one request and KV head. Row r is query r / group_size, head r % group_size of those that share
-// the KV head.
-struct Tile {
-    int request;
-    int kv_head;
-    int first_row;
-    int rows;
-    int first_split;
-    int num_splits;
-    int first_item;  // number of splits in all earlier tiles
-};
-
 // The tokens that a row sees: begin .. end - 1.
 struct View {
     int begin;
@@ -147,6 +79,91 @@ struct Request {
         const int end = view(op, last).end;
         return {std::min(view(op, first).begin, end - 1), end};
     }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Writing K and V
+
+// Whether a token's slot does not follow the previous token's: a new block, or another request.
+bool starts_run(const OctavoGroup& group, int token) {
+    const int64_t slot = group.slot_mapping[token];
+    return token == 0 || slot % group.block_size == 0 || slot != group.slot_mapping[token - 1] + 1;
+}
+
+template <class Cache, class T = typename Cache::T>
+void write_head(const OctavoAttention& op, const Cache& cache, const OctavoStep& step, int token, int head) {
+    const int64_t slot = step.groups[op.group].slot_mapping[token];
+    const T* k = static_cast<const T*>(op.k.data) + token * op.k.stride + head * op.head_dim;
+    const T* v = static_cast<const T*>(op.v.data) + token * op.v.stride + head * op.v_head_dim;
+    T key[kMaxHeadDim];
+    if (op.k_heads.has_norm || op.k_heads.rotary_dim) {
+        float numbers[kMaxHeadDim];
+        const int position = op.k_heads.rotary_dim ? step.positions[token] : 0;
+        prepare_head(k, op.head_dim, op.k_heads, position, op.head_dim, numbers);
+        for (int i = 0; i < op.head_dim; i += kLanes) store(key + i, load(numbers + i));
+        k = key;
+    }
+    const int place = static_cast<int>(slot % cache.block_size);
+    cache.write(slot / cache.block_size, head, place, k, op.head_dim, v, op.v_head_dim);
+}
+
+template <class T>
+void write_head(const OctavoAttention&, const LatentCache<T>& cache, const OctavoStep& step, int token, int) {
+    cache.write(step, token);
+}
+
+// Whether there are fewer runs than `count`.
+bool has_fewer_runs(const OctavoGroup& group, int num_tokens, int count) {
+    for (int token = 0; token < num_tokens && count > 0; ++token) count -= starts_run(group, token);
+    return count > 0;
+}
+
+// Threads take whole runs, or heads where there are too few of these, so that a head's part of a block is cleared and
+// filled by the same thread.
+template <class Cache>
+void write_kv(const OctavoAttention& op, const Cache& cache, const OctavoStep& step, const Team& team) {
+    const OctavoGroup& group = step.groups[op.group];
+    Range mine = team.share(step.num_tokens), heads = {0, op.num_kv_heads};
+    if (has_fewer_runs(group, step.num_tokens, team.size)) {
+        mine = {0, step.num_tokens};
+        heads = team.share(op.num_kv_heads);
+    }
+    int token = mine.begin;
+    while (token < mine.end && !starts_run(group, token)) ++token;
+    if (token == mine.end) return;
+    for (; token < step.num_tokens && (token < mine.end || !starts_run(group, token)); ++token)
+        for (int head = heads.begin; head < heads.end; ++head) write_head(op, cache, step, token, head);
+}
+
+// Whether only one tile reads what this step writes of a request and head: the one of all its rows, in the split where
+// its context ends, as no token completes a block (only full blocks may be shared). Then the attending thread writes K
+// and V itself, with no barrier in between.
+bool writes_alone(const OctavoAttention& op, const OctavoGroup& group, int num_tokens, int rows_per_tile) {
+    const int most = rows_per_tile / (op.num_heads / op.num_kv_heads);
+    if (num_tokens > static_cast<int64_t>(most) * group.num_reqs) return false;
+    for (int i = 0; i < group.num_reqs; ++i) {
+        const Request request(group, i);
+        if (request.num_queries < 1 || request.num_queries > most) return false;
+        if (request.position(0) / kSplit != request.position(request.num_queries - 1) / kSplit) return false;
+    }
+    for (int i = 0; i < num_tokens; ++i)
+        if ((group.slot_mapping[i] + 1) % group.block_size == 0) return false;
+    return true;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attending
+
+// Consecutive rows of one request and KV head. Row r is query r / group_size, head r % group_size of those that share
+// the KV head.
+struct Tile {
+    int request;
+    int kv_head;
+    int first_row;
+    int rows;
+    int first_split;
+    int num_splits;
+    int first_item;  // number of splits in all earlier tiles
 };
 
 int count_tiles(const OctavoAttention& op, const OctavoGroup& group, int rows_per_tile) {
@@ -278,12 +295,14 @@ public:
         }
     }
 
-    // Writes K and V of a tile's single token to the cache.
+    // Writes K and V of the tokens of a tile to the cache.
     void write(const Tile& tile) const {
-        write_head(op_, cache_, step_, Request(group_, tile.request).first_token, tile.kv_head);
+        const Request request(group_, tile.request);
+        for (int i = 0; i < request.num_queries; ++i)
+            write_head(op_, cache_, step_, request.first_token + i, tile.kv_head);
     }
 
-    // Prefetches where they will be written.
+    // Prefetches where those of the first one will be written.
     void prefetch_place(const Tile& tile) const {
         const int64_t slot = group_.slot_mapping[Request(group_, tile.request).first_token];
         cache_.prefetch_place(slot / cache_.block_size, tile.kv_head, static_cast<int>(slot % cache_.block_size));
