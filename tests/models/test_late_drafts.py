@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 import ops
+from engine_core.grammars import Grammars
+from engine_core.messages import EngineCoreRequest, GrammarSpec
+from engine_core.request import Request
 from executor.config import ModelConfig, SpeculativeConfig
-from executor.messages import ResolvedParams
+from executor.messages import ResolvedParams, SchedulerOutput
 from executor.model_runner import ModelRunner
 from executor.request_states import RequestStates
 from executor.sampling.base import SampleRows
 from executor.sampling.reference import ReferenceSampler
 from tests import tiny
+from tests.fakes import EOS
+from tests.grammars import VOCABULARY
 from tests.models.harness import random_tokens
 from tests.models.test_draft_heads import MTP, eagle_head, mtp_model
-from tests.models.test_late_device import MAX_LEN, Engine, ReferenceCpu, answers
+from tests.models.test_late_device import MAX_LEN, THINKING, Engine, ReferenceCpu, answers
 
 fake_cuda = pytest.importorskip("tests.fake_cuda", reason="Triton is not installed")
 
@@ -149,6 +156,104 @@ def test_requests_for_which_the_host_must_know_the_tokens(
     assert outputs == expected[0]
     assert logprobs.keys() == expected[1].keys() and vectors.keys() == expected[2].keys()
     assert engine.scheduler.num_preemptions > 0 and engine.scheduler.drafts.num_draft_tokens > 0
+
+
+class ConstrainedEngine(Engine):
+    """An engine whose requests may have grammars."""
+
+    def __init__(self, *args: Any, **fields: Any) -> None:
+        super().__init__(*args, **fields)
+        self._grammars = Grammars(None)
+        self._grammars.set_vocabulary(VOCABULARY)
+        self._grammars.set_vocab_size(tiny.VOCAB_SIZE)
+
+    def constrain(self, index: int, prompt: list[int], params: ResolvedParams, spec: GrammarSpec) -> None:
+        """Adds a request with a grammar."""
+        message = EngineCoreRequest(str(index), index, np.array(prompt, np.int32).tobytes(), params, grammar=spec)
+        request = Request(message)
+        self._grammars.start(request, params.max_tokens)
+        compiler = self._grammars.compiler
+        assert compiler is not None
+        while not (compiled := self._grammars.take()):
+            assert select.select([compiler.fileno()], [], [], 60)[0], "not compiled"
+        assert compiled[0].problem is None
+        self.outputs[index] = []
+        self.scheduler.add_request(request)
+
+    def launch(self) -> bool:
+        is_launched = super().launch()
+        if is_launched and len(self.in_flight) == 1:
+            self._mask()
+        return is_launched
+
+    def retire(self) -> None:
+        super().retire()
+        self._mask()
+
+    def _mask(self) -> None:
+        """Sends the mask of the oldest step, whose earlier tokens are known."""
+        if self.in_flight and len(self.in_flight[0].grammar_rows):
+            mask, ended = self._grammars.mask(self.scheduler.table, self.in_flight[0])
+            assert not ended
+            self.worker.handle(mask)
+
+    def run(self) -> None:
+        super().run()
+        self._grammars.close()
+
+
+HOST_KNOWS: dict[str, dict[str, Any]] = {
+    "penalties": {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2},
+    "bad words": {"bad_words_token_ids": ((5,), (6, 7))},
+    "thinking budget": {"thinking_budget": THINKING},
+    "min_tokens": {"min_tokens": 20, "stop_token_ids": tuple(range(60))},
+    "grammar": {},
+}
+"""What depends on tokens, or on how many there are."""
+
+
+@pytest.mark.parametrize("kind", HOST_KNOWS)
+def test_rows_that_depend_on_tokens_wait_for_them_and_others_go_on(
+    kind: str, fake: Any, late_steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots: set[int] = set()
+    num_drafts: list[int] = []
+    begin = ModelRunner.begin
+
+    def checked(self: ModelRunner, plan: SchedulerOutput) -> Any:
+        slots.update(request.slot for request in plan.new_reqs if request.num_prompt_tokens == 21)
+        is_open = self.states.num_verifying.copy()
+        is_known = self.states.num_known == self.states.num_tokens
+        step = begin(self, plan)
+        rows = step.rows
+        if step.drafts is not None:
+            own = np.isin(rows.slots, [*slots])
+            assert not is_open[rows.slots[own]].any() and is_known[rows.slots[own]].all()
+            num_drafts.append(int((step.drafts[own] >= 0).sum()))
+        return step
+
+    def run(engine: ConstrainedEngine) -> dict[int, list[int]]:
+        params = ResolvedParams(temperature=0.0, max_tokens=24, **HOST_KNOWS[kind])
+        for index in range(2):
+            prompt = random_tokens(21, index)
+            if kind == "grammar":
+                params = msgspec.structs.replace(params, temperature=1.0, seed=index, eos_token_ids=(EOS,))
+                engine.constrain(index, prompt, params, GrammarSpec(kind="regex", text="([a-f]{2}-){3,}"))
+            else:
+                engine.add(index, prompt, params)
+        for index in range(2, 4):
+            engine.add(index, random_tokens(20, index), ResolvedParams(temperature=0.0, max_tokens=150))
+        engine.run()
+        return engine.outputs
+
+    expected = run(ConstrainedEngine(ReferenceCpu(), monkeypatch))
+    speculative = proposer("itself", Path(), {})
+    engine = ConstrainedEngine(fake, monkeypatch, speculative=speculative)
+    assert engine.worker.runner.late is not None
+    monkeypatch.setattr(ModelRunner, "begin", checked)
+    assert run(engine) == expected
+    assert sum(num_drafts) > 10, "they have drafts, too"
+    assert sum(late_steps) > 20
 
 
 def test_a_restart_changes_nothing(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
