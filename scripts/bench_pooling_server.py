@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from processes import Server, process_name, proportional_bytes
+from processes import Server, own_bytes, process_name
 
 DOCUMENTS, DOCUMENT_TOKENS = 100, 200
 BATCH = 500
@@ -85,7 +85,7 @@ def latency(client: Client, texts: list[str]) -> None:
 
 
 def memory(server: Server, client: Client, texts: list[str], count: int) -> None:
-    """Prints the time and the memory of each process, twenty times: proportional set sizes, in MiB."""
+    """Prints the time and the memory of each process, without files that it maps, twenty times, in MiB."""
     done, shown, begin = 0, 0, time.perf_counter()
     names: dict[int, str] = {}
     while done < count:
@@ -94,7 +94,7 @@ def memory(server: Server, client: Client, texts: list[str], count: int) -> None
         done += len(own)
         if done * 20 // count > shown:
             shown = done * 20 // count
-            sizes = {pid: proportional_bytes(pid) / 2**20 for pid in server.pids()}
+            sizes = {pid: own_bytes(pid) / 2**20 for pid in server.pids()}
             if names != {pid: process_name(pid) for pid in sizes}:
                 names = {pid: process_name(pid) for pid in sizes}
                 print(f"{'texts':>8} {'seconds':>8} " + " ".join(f"{name:>20}" for name in names.values()))

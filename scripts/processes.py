@@ -41,10 +41,19 @@ def resident_bytes(pid: int) -> int:
 
 def proportional_bytes(pid: int) -> int:
     """Proportional set size (PSS) of a process."""
+    return _rolled_up(pid, "Pss:")
+
+
+def own_bytes(pid: int) -> int:
+    """The part of a process's PSS that is no file. That of libraries changes as other programs map them, too."""
+    return _rolled_up(pid, "Pss_Anon:", "Pss_Shmem:")
+
+
+def _rolled_up(pid: int, *names: str) -> int:
+    """Sum of fields of /proc/PID/smaps_rollup, in bytes; 0 if the process is gone."""
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(names))
     return 0
 
 
