@@ -22,6 +22,7 @@ NOT_YET = {
 OFF = "none"
 METHODS = ("suffix", "ngram", "draft_model", "eagle3", "mtp")
 WITH_MODEL = ("draft_model", "eagle3")
+DRAFT_SAMPLE_METHODS = ("greedy", "probabilistic")
 ALIASES = {
     "[ngram]": "ngram",
     "ngram_gpu": "ngram",
@@ -45,7 +46,6 @@ DRAFT_FIELDS = {
     "max_model_len": SHARED,
     "moe_backend": SHARED,
     "attention_backend": SHARED,
-    "draft_sample_method": "the likeliest tokens are proposed, which no other choice improves on",
     "use_local_argmax_reduction": SHARED,
     "parallel_drafting": "drafts are proposed one after the other",
     "speculative_token_tree": "drafts are chains, since a tree would change bits",
@@ -91,6 +91,11 @@ CHECKS: dict[str, tuple[tuple[str, ...], str, Check]] = {
     ),
     "model": (WITH_MODEL, "a folder, GGUF file or hub id", lambda value: isinstance(value, str) and value != ""),
     "quantization": (WITH_MODEL, "one of " + ", ".join(QUANTIZATIONS), lambda value: value in QUANTIZATIONS),
+    "draft_sample_method": (
+        (*WITH_MODEL, "mtp"),
+        " or ".join(DRAFT_SAMPLE_METHODS),
+        lambda value: value in DRAFT_SAMPLE_METHODS,
+    ),
     "draft_tensor_parallel_size": (WITH_MODEL, "1", lambda value: _is_count(value, 1, 1)),
     "prompt_lookup_min": (("ngram",), "a whole number of at least 1", _is_count),
     "prompt_lookup_max": (("ngram",), "a whole number from 1 to 128", lambda value: _is_count(value, 1, 128)),
@@ -175,7 +180,8 @@ def _check_field(method: str, name: str, value: Any) -> None:
     owners, expected, is_good = known
     if method not in owners:
         plural = "s" if len(owners) > 1 else ""
-        names = " and ".join(repr(owner) for owner in owners)
+        *others, last = (repr(owner) for owner in owners)
+        names = " and ".join([*([", ".join(others)] if others else []), last])
         raise ConfigError(f"{FLAG}: {name} is for the method{plural} {names}; omit it for {method!r}")
     if not is_good(value):
         raise ConfigError(f"{FLAG}: {name} must be {expected}, got {value!r}")
@@ -206,6 +212,7 @@ def _draft_model(given: Mapping[str, Any]) -> SpeculativeConfig:
         num_speculative_tokens=given.get("num_speculative_tokens", 5),
         min_token_prob=0.0,
         draft=ModelConfig(model=given["model"], quantization=given.get("quantization")),
+        draft_sample_method=given.get("draft_sample_method", DRAFT_SAMPLE_METHODS[0]),
     )
 
 
@@ -221,6 +228,7 @@ def _head(method: str, given: Mapping[str, Any], head: ModelConfig | None) -> Sp
         num_speculative_tokens=given.get("num_speculative_tokens", 3),
         min_token_prob=0.0,
         draft=head,
+        draft_sample_method=given.get("draft_sample_method", DRAFT_SAMPLE_METHODS[0]),
     )
 
 

@@ -411,6 +411,8 @@ class SpeculativeConfig(Config, frozen=True):
     """Nobody asked for drafts: they are for workers that verify them at little cost alone, and few in a step."""
     draft: ModelConfig | None = None
     """The second model, of the methods ``draft_model`` and ``eagle3``."""
+    draft_sample_method: Literal["greedy", "probabilistic"] = "greedy"
+    """How it chooses drafts: its likeliest tokens, or as the large model's tokens are drawn."""
     script: str = ""
     """File of ``executor/scripts.py``, read by the method ``scripted``. Its outputs replace the drafts of
     a second model."""

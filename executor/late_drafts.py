@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from executor.config import SpeculativeConfig
@@ -23,6 +22,7 @@ from executor.launched_forward import LaunchedForward
 from executor.messages import I32, I64, NewRequest, row_offsets
 from executor.request_states import RequestStates
 from executor.sampling.base import Sampled, SampleRows
+from executor.sampling.draft_sampler import DraftSampler
 from executor.speculative.base import Drafts
 from executor.speculative.draft_lengths import MAX_KINDS, DraftLengths
 from executor.speculative.speculation import FIRST_LOGIT
@@ -154,9 +154,12 @@ class _Shares:
 class LateDrafter:
     """Settles the steps of a model on the device, and makes the next drafts."""
 
-    def __init__(self, slots: LateSlots, draft: DraftModel, setup: ForwardSetup, states: RequestStates) -> None:
+    def __init__(
+        self, config: SpeculativeConfig, slots: LateSlots, draft: DraftModel, setup: ForwardSetup, states: RequestStates
+    ) -> None:
         """
         Args:
+            config: How to speculate.
             slots: What the device keeps; the model's steps go on from it.
             draft: The second model, or a head.
             setup: Of its forward passes.
@@ -171,6 +174,9 @@ class LateDrafter:
         if draft.has_head:
             self._max_len = states.token_ids.shape[1] - 1
         self._forward = _DraftForward(setup, states, slots, self._shift)
+        self._sampler = DraftSampler(
+            config.draft_sample_method, len(states.num_tokens), slots.tokens.device.type, setup.channel
+        )
         self._hidden: Tensor | None = None
         """From where a head goes on, [slots, num_features]."""
         self._is_behind = np.zeros(len(states.num_tokens), np.bool_)
@@ -178,6 +184,7 @@ class LateDrafter:
 
     def add(self, request: NewRequest) -> None:
         """Registers a request that enters a slot."""
+        self._sampler.add(request)
         self._is_behind[request.slot] = False
 
     def room(self, slots: I32) -> I64:
@@ -266,7 +273,7 @@ class LateDrafter:
         self._compute(batch, slots, index)
 
     def _compute(self, batch: InputBatch, slots: I32, index: int, hidden: Sequence[Tensor] = ()) -> None:
-        """Runs the model, and keeps its likeliest tokens as drafts number ``index`` of these slots, one per logits row.
+        """Runs the model, and keeps what it draws as drafts number ``index`` of these slots, one per logits row.
 
         Args:
             batch: The rows.
@@ -286,13 +293,15 @@ class LateDrafter:
         states, logits = self._forward.run(batch)[:2]
         if own is None:
             return
-        best = torch.argmax(logits, 1)
+        positions = batch.positions[batch.logits_rows].long() + (1 + self._shift)
+        most = self._states.num_tokens[slots] + index
+        drawn = self._sampler.sample(logits, slots, most, self._states, positions)
         if head is not None:
-            best = head.target_ids(best)
+            drawn = head.target_ids(drawn)
             if self._hidden is None:
                 self._hidden = states.new_zeros((len(self._states.num_tokens), head.num_features))
             self._hidden[own] = states[batch.logits_rows]
-        self._late.tokens[own, 2 + index] = best.int()
+        self._late.tokens[own, 2 + index] = drawn.int()
 
 
 def _firsts(rows: SampleRows) -> I64:

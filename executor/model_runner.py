@@ -266,7 +266,7 @@ class ModelRunner:
         from executor.late_drafts import LateDrafter, LateSpeculation  # and with it triton
 
         assert self.draft is not None and self.speculative is not None
-        drafter = LateDrafter(slots, self.draft, self.draft.setup(self.channel), self.states)
+        drafter = LateDrafter(self.speculative, slots, self.draft, self.draft.setup(self.channel), self.states)
         share = self.draft.loaded.weight_bytes / max(1, self.weight_bytes)
         return LateSpeculation(self.speculative, drafter, self.states, share)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from executor.config import SpeculativeConfig
 from executor.messages import I32, I64, NewRequest
 from executor.request_states import RequestStates
+from executor.sampling.draft_sampler import DraftSampler
 from executor.speculative.base import ComputedRows, Drafts, ProposerContext
 from executor.speculative.forced_drafts import ForcedDrafts
 from executor.speculative.step_costs import StepCosts
@@ -39,6 +40,11 @@ class ChainProposer(ABC):
         """
         assert context.draft is not None and context.states is not None
         self._model = context.draft
+        self._sampler = DraftSampler(
+            config.draft_sample_method, max_num_seqs, self._model.device.torch_device.type, self._model.channel
+        )
+        self._states = context.states
+        self._shift = shift
         self._max_len = max_len
         self._computed = np.zeros(max_num_seqs, np.int64)
         self._next = np.zeros(max_num_seqs, np.int64)
@@ -60,6 +66,7 @@ class ChainProposer(ABC):
         self.costs = StepCosts()
 
     def add(self, request: NewRequest) -> None:
+        self._sampler.add(request)
         self._computed[request.slot] = request.num_computed_tokens
         self._next_at[request.slot] = -1
         self._drafted_at[request.slot] = _NEVER
@@ -75,7 +82,7 @@ class ChainProposer(ABC):
 
     @abstractmethod
     def _run(self, slots: I32, counts: I64, goes_on: Bools, states: list[Tensor] | None = None) -> None:
-        """Computes the next rows of slots, and keeps the likeliest token after those that go on as ``_next``.
+        """Computes the next rows of slots, and keeps what is drawn after those that go on as ``_next``.
 
         Args:
             slots: int32 [n].
@@ -95,6 +102,15 @@ class ChainProposer(ABC):
         self._drafted_at[slots] = _NEVER
         ends: I64 = begins + np.where(is_same.all(1), is_same.shape[1], is_same.argmin(1))
         return ends
+
+    def _draw(self, logits: Tensor, slots: I32) -> Tensor:
+        """The drafts behind what is computed: int64 [n].
+
+        Args:
+            logits: float32 [n, vocab_size]; changed in place.
+            slots: int32 [n].
+        """
+        return self._sampler.sample(logits, slots, self._computed[slots] + self._shift, self._states)
 
     def _read(self, tokens: Tensor) -> I64:
         """The values of a tensor; waits for the device."""

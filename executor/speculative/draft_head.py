@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from executor.config import SpeculativeConfig
@@ -64,5 +63,6 @@ class DraftHeadProposer(ChainProposer):
             if self._hidden is None:
                 self._hidden = hidden.new_zeros((len(self._next), self._head.num_features))
             last = self._on_device((np.cumsum(counts) - 1)[goes_on])
-            self._hidden[self._on_device(slots[goes_on].astype(np.int64))] = hidden[last]
-            self._next[slots[goes_on]] = self._read(self._head.target_ids(torch.argmax(logits, 1)))
+            own = slots[goes_on]
+            self._hidden[self._on_device(own.astype(np.int64))] = hidden[last]
+            self._next[own] = self._read(self._head.target_ids(self._draw(logits, own)))

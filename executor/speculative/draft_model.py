@@ -1,4 +1,4 @@
-"""Proposes what a small model says: its likeliest token, then the one after that, and so on.
+"""Proposes what a small model says: a token, then the one after that, and so on.
 
 The model runs in the worker of the large one, on the same rows of the same table of tokens. Its K and V lie in KV cache
 groups of their own, whose blocks the scheduler gives and shares like those of the large model. So after each step it
@@ -8,7 +8,6 @@ computes what the step has added, prompts included, and a block that may be shar
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from executor.config import SpeculativeConfig
@@ -45,4 +44,5 @@ class DraftModelProposer(ChainProposer):
         batch = self._forward.prepare(slots, counts.astype(np.int32), goes_on.astype(np.uint8))
         _, logits = self._forward.run(batch)
         self._computed[slots] += counts
-        self._next[slots[goes_on]] = self._read(torch.argmax(logits, 1))
+        own = slots[goes_on]
+        self._next[own] = self._read(self._draw(logits, own))

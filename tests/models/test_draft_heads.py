@@ -8,12 +8,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -432,8 +433,11 @@ def proposed(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return proposed
 
 
+@pytest.mark.parametrize("draws", ["greedy", "probabilistic"])
 @pytest.mark.parametrize("method", ["eagle3", "mtp"])
-def test_gpus_propose_likewise(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_propose_likewise(
+    method: str, draws: Literal["greedy", "probabilistic"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the device alone, also where no drafts are wanted and graphs overwrite what the model computed."""
     fake_cuda = pytest.importorskip("tests.fake_cuda", reason="Triton is not installed")
     late_drafts = pytest.importorskip("executor.late_drafts")
@@ -467,6 +471,7 @@ def test_gpus_propose_likewise(method: str, tmp_path: Path, monkeypatch: pytest.
         setup["folder"] = tmp_path / "model"
         mtp_model(setup["folder"], "glm4_moe")
     speculative = MTP if method == "mtp" else eagle_head(tmp_path / "head")[0]
+    speculative = replace(speculative, draft_sample_method=draws)
     found = []
     for device in (ReferenceCpu(), fake):
         engine = Engine(device, monkeypatch, speculative=speculative, **setup)
@@ -476,7 +481,7 @@ def test_gpus_propose_likewise(method: str, tmp_path: Path, monkeypatch: pytest.
             fake_cuda.put_on_device(draft.loaded.model)
         for most in (None, 0):
             for index, length in enumerate((45, 9), start=2 * (most is None)):
-                params = ResolvedParams(temperature=0.0, max_tokens=12, num_speculative_tokens=most)
+                params = ResolvedParams(temperature=0.9 * index, seed=5, max_tokens=12, num_speculative_tokens=most)
                 engine.add(index, random_tokens(length, index), params)
             engine.run()
         found.append((engine.outputs, dict(proposed)))

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 import ops
 from engine_core.grammars import Grammars
@@ -20,6 +21,7 @@ from executor.config import ModelConfig, SpeculativeConfig
 from executor.messages import ResolvedParams, SchedulerOutput
 from executor.model_runner import ModelRunner
 from executor.request_states import RequestStates
+from executor.sampling import draft_sampler
 from executor.sampling.base import SampleRows
 from executor.sampling.reference import ReferenceSampler
 from tests import tiny
@@ -142,6 +144,22 @@ def test_nothing_waits_and_nothing_changes(
         assert engine.num_accepted > 10
     if name == "another":
         assert engine.num_accepted < 0.3 * engine.scheduler.drafts.num_draft_tokens
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_drafts_are_drawn_with_the_numbers_of_the_request(
+    kernels: bool, fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels:
+        monkeypatch.setattr(draft_sampler, "new_backend", lambda _, *rest: DeviceSampler(*rest))
+    config = replace(proposer("itself", tmp_path, {}), draft_sample_method="probabilistic")
+    engine = engine_of(fake, monkeypatch, config, {"max_num_batched_tokens": 24})
+    params = ResolvedParams(max_tokens=14)
+    for index, fields in enumerate(({}, {"top_k": 20, "top_p": 0.9}, {"min_p": 0.02}, {"temperature": 0.0})):
+        engine.add(index, random_tokens(11 * index + 1, index), replace(params, seed=index, **fields))
+    engine.run()
+    # Steps that were planned before the end of an output was known verify drafts that nothing follows.
+    assert engine.num_accepted > 0.75 * engine.scheduler.drafts.num_draft_tokens > 20
 
 
 @pytest.mark.parametrize("name", ["itself", "eagle3"])

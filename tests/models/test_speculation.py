@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -131,6 +131,23 @@ def test_a_draft_model_changes_nothing(family: str, setup: dict[str, Any], monke
     assert (engine.scheduler.num_preemptions > 0) == ("num_blocks" in setup)
     if family == "llama" and "windows" not in setup:
         assert engine.num_accepted > 40, "greedy requests get their own tokens"
+
+
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+def test_a_draft_model_draws_with_the_numbers_of_the_request(
+    method: Literal["greedy", "probabilistic"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that drafts for itself is always right if it draws, whatever the filters; its likeliest token is not."""
+    config = draft_model(is_adaptive=False, draft_sample_method=method)
+    engine = Engine(CpuDevice(), monkeypatch, speculative=config, max_num_batched_tokens=24)
+    params = ResolvedParams(max_tokens=20)
+    cases: list[dict[str, Any]] = [{}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.02}, {"temperature": 0.0}]
+    for index, fields in enumerate(cases):
+        own = msgspec.structs.replace(params, seed=index, **fields)
+        engine.add(index, random_tokens(11 * index + 1, index), own)
+    engine.run()
+    num_drafts = engine.scheduler.drafts.num_draft_tokens
+    assert num_drafts > 40 and (engine.num_accepted == num_drafts) == (method == "probabilistic")
 
 
 def test_a_draft_model_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,6 +131,7 @@ FOLDERS: dict[str, set[str]] = {
         "registry",
         "request_states",
         "sampling.base",
+        "sampling.draft_sampler",
         "scripts",
     },
     # Other machines: no model, and of workers their processes and frames.

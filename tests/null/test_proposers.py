@@ -304,6 +304,7 @@ def test_a_draft_model_computes_what_came_in_place_of_its_drafts(count: int) -> 
         loaded=SimpleNamespace(max_model_len=100),
         groups=[],
         forward=forward.of,
+        device=SimpleNamespace(torch_device=torch.device("cpu")),
         channel=SimpleNamespace(download=lambda found: SimpleNamespace(collect=lambda: [found[0].numpy()])),
     )
     config = SpeculativeConfig(method="draft_model", num_speculative_tokens=4)

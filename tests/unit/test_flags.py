@@ -271,6 +271,9 @@ def test_speculative_configs_of_vllm() -> None:
 
 def test_a_draft_model_is_named_with_its_quantization() -> None:
     draft = speculation_of(model="m/draft", quantization="int8", draft_tensor_parallel_size=1)
+    drawn = speculation_of(method="mtp", draft_sample_method="probabilistic")
+    assert drawn is not None and drawn.draft_sample_method == "probabilistic"
+    assert draft is not None and draft.draft_sample_method == "greedy"
     assert draft is not None and draft.method == "draft_model" and draft.num_speculative_tokens == 5
     assert draft.draft is not None and (draft.draft.model, draft.draft.quantization) == ("m/draft", "int8")
 
@@ -299,6 +302,11 @@ def test_draft_heads_are_named_as_vllm_does() -> None:
         ({"model": "m/draft", "quantization": "int3"}, "quantization must be one of awq, "),
         ({"model": "m/draft", "draft_tensor_parallel_size": 2}, "draft_tensor_parallel_size must be 1, got 2"),
         ({"model": "m/draft", "use_heterogeneous_vocab": True}, "both models must have the same vocabulary; omit it"),
+        ({"model": "m/draft", "draft_sample_method": "beam"}, "must be greedy or probabilistic, got 'beam'"),
+        (
+            {"method": "suffix", "draft_sample_method": "greedy"},
+            "is for the methods 'draft_model', 'eagle3' and 'mtp'; omit it for 'suffix'",
+        ),
         ({"method": "suffics"}, "unknown method 'suffics'; use"),
         ({"method": "ngram"}, "num_speculative_tokens is missing; 4 is a good start"),
         ({"method": "suffix", "num_speculative_tokens": 33}, "must be a whole number from 1 to 32, got 33"),
