@@ -154,7 +154,7 @@ class PoolingRunner:
         limit = model.limits.max_model_len if keep == -1 else keep or 0
         prompts, resolved = [], []
         for first, second in pairs:
-            ids, segment = await model.tokenize_pair(first, second, max_tokens=limit)
+            ids, segment = await model.tokenize_pair(first, second, max_tokens=limit, prompt_name=params.prompt_name)
             prompts.append(ids)
             resolved.append(replace(own, second_segment=segment))
         return await self._submit(prompts, resolved, use_tqdm, [await self._adapters.view(adapter)] * len(pairs))

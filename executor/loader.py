@@ -23,7 +23,7 @@ from executor.base import Head, ModelError
 from executor.calibration import Sources, calibrate
 from executor.checkpoint import FLOATS, Checkpoint, SafetensorsCheckpoint, StoredTensor
 from executor.config import KV_CODE_NAMES, ModelConfig
-from executor.dense import DenseModule, TokenWeights, load_dense, load_linear
+from executor.dense import LayerModule, TokenWeights, load_dense, load_linear
 from executor.gguf import GGUFCheckpoint
 from executor.heap import returning_blocks
 from executor.hf_config import DTYPES, HFConfig
@@ -72,9 +72,9 @@ class LoadedModel:
     """Longest sequence: as configured, else the model's maximum."""
     num_pooled: int = 1
     """See ``ModelConfig``."""
-    dense: tuple[DenseModule, ...] = ()
+    dense: tuple[LayerModule, ...] = ()
     """Layers that follow pooling."""
-    token_dense: tuple[DenseModule, ...] = ()
+    token_dense: tuple[LayerModule, ...] = ()
     """Those that make vectors of tokens instead."""
     token_weights: TokenWeights | None = None
     """What weighs tokens for sparse vectors."""
@@ -127,7 +127,7 @@ class Target:
 
 def _dense_layers(
     config: ModelConfig, size: int
-) -> tuple[tuple[DenseModule, ...], tuple[DenseModule, ...], TokenWeights | None]:
+) -> tuple[tuple[LayerModule, ...], tuple[LayerModule, ...], TokenWeights | None]:
     """The layers behind pooling, those that make vectors of tokens, and the one that weighs them.
 
     Args:

@@ -314,6 +314,7 @@ class ServedModel:
         max_first: int = 0,
         max_second: int = 0,
         instruction: str | None = None,
+        prompt_name: str | None = None,
     ) -> tuple[list[int], int]:
         """Token ids of a query and a document; see ``Tokenizer.encode_pair``.
 
@@ -324,10 +325,14 @@ class ServedModel:
             max_first: See there.
             max_second: See there.
             instruction: What counts as relevant, if the model has a template.
+            prompt_name: Of the text before the query, if it has none; see ``prompt_before``.
 
         Raises:
-            RequestError: They are too long judging by their number of characters, or not valid text.
+            RequestError: They are too long judging by their number of characters, or not valid text, or the files have
+                no prompt of this name.
         """
+        if self.pair_template is None:
+            first = self.prompt_before(prompt_name) + first
         length = len(first) + len(second)
         check_number(length, max(MAX_TEXT_CHARS, self.limits.max_model_len), "prompt", "characters")
         if self.sentences.lowers:

@@ -1,7 +1,8 @@
 """Reads what a model's files say about its vectors: sentence-transformers' modules, or a key of a GGUF file.
 
-Understood are a transformer, then one pooling, then optionally dense layers and normalisation; for late interaction, a
-transformer and PyLate's dense layers. Anything else is ignored as a whole, with a note that names the file.
+Understood are a transformer, then one pooling, then optionally dense layers, LayerNorm and normalisation; for late
+interaction, a transformer and PyLate's dense layers. Anything else is ignored as a whole, with a note that names the
+file.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ SPARSE, MULTI_VECTOR = "sparse_linear.pt", "colbert_linear.pt"
 """BGE-M3's layers that weigh tokens, and that make vectors of them."""
 MAX_DOCUMENT, MAX_TOKENIZER = 1 << 20, 1 << 24
 MAX_PROMPTS, MAX_PROMPT_CHARS = 256, 1 << 14
+LAYERS = {"Dense", "LayerNorm"}
+"""Modules that may follow pooling."""
 MAX_DENSE = 8
 MAX_MODES = 8
 CAUSAL = "ForCausalLM"
@@ -66,7 +69,7 @@ class SentenceConfig(NamedTuple):
     """What sentence-transformers' files say beside pooling."""
 
     dense: tuple[str, ...] = ()
-    """Folders of dense layers after pooling."""
+    """Folders of layers after pooling."""
     prompts: Mapping[str, str] = {}
     """Texts that precede a text, by name."""
     default_prompt: str | None = None
@@ -260,7 +263,8 @@ def _from_modules(folder: Path) -> tuple[PoolerConfig, SentenceConfig]:
     modules = _read(folder, MODULES)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise _UnclearError(f"{MODULES} is not a list of modules")
-    kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
+    modules = [module for module in modules if _kind(module) != "Dropout"]  # which only training needs
+    kinds = [_kind(module) for module in modules]
     if kinds == ["Transformer"]:
         return PoolerConfig(), SentenceConfig()
     if kinds[:1] == ["Transformer"] and set(kinds[1:]) == {"Dense"} and len(kinds) <= 1 + MAX_DENSE:
@@ -268,7 +272,7 @@ def _from_modules(folder: Path) -> tuple[PoolerConfig, SentenceConfig]:
         return PoolerConfig(), SentenceConfig(dense=tuple(names), late=LateInteraction())
     normalizes = kinds[-1:] == ["Normalize"]
     dense = kinds[2 : len(kinds) - normalizes]
-    if kinds[:2] != ["Transformer", "Pooling"] or set(dense) - {"Dense"} or len(dense) > MAX_DENSE:
+    if kinds[:2] != ["Transformer", "Pooling"] or set(dense) - LAYERS or len(dense) > MAX_DENSE:
         raise _UnclearError(
             f"{MODULES} has the modules {', '.join(kind[:40] for kind in kinds[:8])}, not all of which are supported"
         )
@@ -279,6 +283,11 @@ def _from_modules(folder: Path) -> tuple[PoolerConfig, SentenceConfig]:
         raise _UnclearError(f"{name} is not a JSON object")
     config = PoolerConfig(pooling_type=_pooling_type(fields, name), use_activation=normalizes)
     return config, SentenceConfig(dense=tuple(names[1:]), pools_prompts=fields.get("include_prompt") is not False)
+
+
+def _kind(module: Mapping[str, Any]) -> str:
+    """The name of a module's class, without where it is."""
+    return str(module.get("type")).rpartition(".")[2]
 
 
 def _folders(folder: Path, modules: list[dict[str, Any]], *, has_weights: bool = True) -> list[str]:

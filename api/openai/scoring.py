@@ -186,6 +186,7 @@ async def _pair_prompt(
         max_first=body.max_tokens_per_query or 0,
         max_second=body.max_tokens_per_doc or 0,
         instruction=body.instruction,
+        prompt_name=body.prompt_name,
     )
 
 

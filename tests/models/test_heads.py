@@ -210,6 +210,28 @@ def test_dense_layers(tmp_path: Path) -> None:
     assert "3_Dense: takes vectors of 96 numbers, not of 64" in refusal(folder, dense=("3_Dense",))
 
 
+def test_layer_norm_behind_a_dense_layer(tmp_path: Path) -> None:
+    folder = tiny.copy_of(tiny.checkpoint("bert"), tmp_path / "model")
+    dense, norm = torch.nn.Linear(64, 24), torch.nn.LayerNorm(24)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    fields = {"in_features": 64, "out_features": 24, "activation_function": "torch.nn.modules.linear.Identity"}
+    for name, prefix, layer, config in (("2_Dense", "linear", dense, fields), ("3_N", "norm", norm, {"dimension": 24})):
+        (folder / name).mkdir()
+        tensors = {f"{prefix}.{key}": value for key, value in layer.state_dict().items()}
+        save_file(tensors, folder / name / "model.safetensors")
+        (folder / name / "config.json").write_text(json.dumps(config))
+    prompt, raw = tokens(30), ResolvedPoolingParams(pooling_type="MEAN", normalize=False)
+    (plain,) = pooled(runner_of(load(folder)), [prompt], [raw])
+    (ours,) = pooled(runner_of(load(folder, dense=("2_Dense", "3_N"))), [prompt], [raw])
+    with torch.inference_mode():
+        expected = norm(dense(torch.from_numpy(plain.copy()))).numpy()
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+    assert "3_N: takes vectors of 24 numbers, not of 64" in refusal(folder, dense=("3_N",))
+    (folder / "3_N" / "config.json").write_text(json.dumps({"dimension": 25}))
+    assert "norm.weight is missing, or not of the shape [25]" in refusal(folder, dense=("2_Dense", "3_N"))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_types_of_16_bits(dtype: str) -> None:
     folder, prompts = tiny.checkpoint("bert"), [tokens(6), tokens(90), [5]]

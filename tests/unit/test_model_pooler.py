@@ -119,6 +119,18 @@ def test_what_sentence_transformers_files_say(tmp_path: Path) -> None:
     )
 
 
+def test_layers_after_pooling(tmp_path: Path) -> None:
+    files = {
+        "modules.json": modules("Transformer", "Pooling", "Dropout", "Dense", "LayerNorm"),
+        "1_Pooling/config.json": {MEAN: True},
+        "3_Dense/model.safetensors": "",
+        "4_LayerNorm/model.safetensors": "",
+    }
+    found = find_pooler(write(tmp_path, files), None)
+    assert not found.notes and found.config == PoolerConfig(pooling_type="MEAN", use_activation=False)
+    assert found.sentences.dense == ("3_Dense", "4_LayerNorm")
+
+
 def test_old_names_of_the_transformers_file(tmp_path: Path) -> None:
     write(tmp_path, {"sentence_xlnet_config.json": {"max_seq_length": 9}})
     assert find_pooler(tmp_path, None).sentences == SentenceConfig(max_length=9)

@@ -114,6 +114,19 @@ async def test_a_cross_encoder_reads_pairs() -> None:
     assert (await api.error("/rerank", {**fields, "instruction": "x"}))["param"] == "instruction"
 
 
+async def test_the_files_may_name_a_text_before_the_query_of_a_pair() -> None:
+    prompts = {"query": "q:", "other": "o:"}
+    for default, name, prompt in ((None, None, ""), (None, "other", "o:"), ("query", None, "q:"), ("query", "", "")):
+        api = server("CLS", "relevance", sentences=SentenceConfig(prompts=prompts, default_prompt=default))
+        fields = {} if name is None else {"prompt_name": name}
+        await api.ok("/rerank", {"query": "ab", "documents": ["cde"], **fields})
+        await api.ok("/score", {"text_1": "ab", "text_2": "cde", **fields})
+        own = tokens_of(prompt + "ab")
+        assert sent(api) == [([BOS, *own, EOS, *tokens_of("cde"), EOS], len(own) + 2)] * 2
+        error = await api.error("/score", {"text_1": "ab", "text_2": "cde", "prompt_name": "none"})
+        assert error["param"] == "prompt_name" and "choose from query, other" in error["message"]
+
+
 async def test_pairs_are_truncated_longest_first() -> None:
     api = server("CLS", "relevance")
     long = "x" * (2 * MAX_MODEL_LEN)
