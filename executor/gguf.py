@@ -59,7 +59,7 @@ CORRECTION = re.compile(r"\.e_score_correction_bias$")
 """Biases of routers, which the ``gguf`` package knows as a module."""
 STEP_BIAS = re.compile(r"\.dt_bias$")
 """Those of the steps of recurrences, likewise."""
-FLAT = (MODEL_TENSOR.SSM_A, MODEL_TENSOR.SSM_D, MODEL_TENSOR.SSM_NORM)
+FLAT = (MODEL_TENSOR.FFN_EXP_PROBS_B, MODEL_TENSOR.SSM_A, MODEL_TENSOR.SSM_D, MODEL_TENSOR.SSM_NORM)
 """Vectors that files may have as matrices."""
 
 

@@ -221,6 +221,18 @@ def lfm2(fields: Fields, config: Config) -> None:
     config["block_auto_adjust_ff_dim"] = False  # the file has the size that results
 
 
+def lfm2_moe(fields: Fields, config: Config) -> None:
+    """llama.cpp divides the weights by their sum and has no factor, as with the released model."""
+    lfm2(fields, config)
+    experts(fields, config)
+    config |= {
+        "norm_topk_prob": True,
+        "num_dense_layers": min(layers_with(config, "ffn_gate_inp.weight"), default=0),
+        "routed_scaling_factor": 1.0,
+        "use_expert_bias": bool(layers_with(config, "exp_probs_b.bias")),
+    }
+
+
 def falcon(fields: Fields, config: Config) -> None:
     """Falcon 7B has one KV head; the newer architecture of the others several."""
     config["bias"] = config["attention_bias"]
@@ -487,6 +499,42 @@ def shared_experts(fields: Fields, config: Config) -> None:
     without_predictors(fields, config)
 
 
+def expert_groups(fields: Fields, config: Config) -> int:
+    """Adds the groups of experts, of which there is one if the file says nothing, and returns their number."""
+    arch = config["model_type"]
+    groups = fields.size(Keys.LLM.EXPERT_GROUP_COUNT.format(arch=arch), 1)
+    used = fields.size(Keys.LLM.EXPERT_GROUP_USED_COUNT.format(arch=arch), groups)
+    config |= {"n_group": groups, "topk_group": used}
+    return groups
+
+
+def dots1(fields: Fields, config: Config) -> None:
+    """llama.cpp has no windows, as the released models have none."""
+    shared_experts(fields, config)
+    expert_groups(fields, config)
+
+
+def ernie_moe(fields: Fields, config: Config) -> None:
+    """Which layers have experts is clear from their tensors, but for the layers between."""
+    biases(fields, config)
+    experts(fields, config)
+    arch, sparse = config["model_type"], layers_with(config, "ffn_gate_inp.weight")
+    config |= {
+        "moe_layer_start_index": min(sparse, default=0),
+        "moe_layer_end_index": max(sparse, default=-1),
+        "moe_layer_interval": fields.size(Keys.LLM.INTERLEAVE_MOE_LAYER_STEP.format(arch=arch), 1),
+        "moe_num_shared_experts": fields.integer(Keys.LLM.EXPERT_SHARED_COUNT.format(arch=arch), 0),
+    }
+    for name, own in (("moe_num_experts", "num_experts"), ("moe_k", "num_experts_per_tok")):
+        config[name] = config[own]
+
+
+def minimax_m2(fields: Fields, config: Config) -> None:
+    """All MLPs have experts."""
+    experts(fields, config)
+    config["intermediate_size"] = config["moe_intermediate_size"]
+
+
 def deepseek2(fields: Fields, config: Config) -> None:
     """DeepSeek-V2, V3, Kimi K2 and GLM-4.7-Flash: the router tells which. Older files lack the function of its scores,
     and V3's groups."""
@@ -503,7 +551,7 @@ def deepseek2(fields: Fields, config: Config) -> None:
     if sizes["key"] <= rope_dim:
         fields.bad(Keys.Rope.DIMENSION_COUNT.format(arch=arch), f"below the size of a key, {sizes['key']}")
     q_rank = Keys.Attention.Q_LORA_RANK.format(arch=arch)
-    groups = fields.size(Keys.LLM.EXPERT_GROUP_COUNT.format(arch=arch), 1)
+    groups = expert_groups(fields, config)
     config |= {
         "head_dim": rope_dim,
         "kv_lora_rank": fields.size(Keys.Attention.KV_LORA_RANK.format(arch=arch)),
@@ -511,8 +559,6 @@ def deepseek2(fields: Fields, config: Config) -> None:
         "qk_nope_head_dim": sizes["key"] - rope_dim,
         "qk_rope_head_dim": rope_dim,
         "v_head_dim": sizes["value"],
-        "n_group": groups,
-        "topk_group": fields.size(Keys.LLM.EXPERT_GROUP_USED_COUNT.format(arch=arch), groups),
         "topk_method": "greedy" if groups == 1 else "group_limited_greedy",
         "attention_bias": False,
     }
@@ -537,6 +583,14 @@ STATES: Mapping[str, Any] = {"transposed": (MODEL_TENSOR.SSM_CONV1D,)}
 """What all models with recurrences have."""
 LINEAR: Mapping[str, Any] = {**STATES, "renames": ((r"\.linear_attn\.", ".self_attn."),), "has_merged_qkv": True}
 """Gated DeltaNets, whose own q, k and v are one tensor."""
+SHORT_CONVOLUTIONS: Mapping[str, Any] = {
+    "transposed": (MODEL_TENSOR.SHORTCONV_CONV,),
+    "renames": (
+        (r"^model\.embedding_norm$", "model.norm"),
+        (r"\.conv\.(in_proj|out_proj|conv)$", r".self_attn.\1"),
+    ),
+}
+"""LFM2's."""
 MIXER = ((r"^backbone\.layers\.(\d+)\.mixer\.", r"model.layers.\1.self_attn."),)
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -551,7 +605,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         has_experts=True,
         configure=deepseek2,
     ),
+    "dots1": Architecture("Dots1ForCausalLM", has_experts=True, configure=dots1),
     "ernie4_5": Architecture("Ernie4_5ForCausalLM", configure=biases),
+    "ernie4_5-moe": Architecture("Ernie4_5_MoeForCausalLM", has_experts=True, configure=ernie_moe),
     "exaone4": Architecture("Exaone4ForCausalLM", configure=windows),
     "falcon": Architecture(
         "FalconForCausalLM",
@@ -608,15 +664,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         configure=granite_moe,
     ),
     "internlm2": Architecture("LlamaForCausalLM", PERMUTED),  # with q, k and v apart
-    "lfm2": Architecture(
-        "Lfm2ForCausalLM",
-        transposed=(MODEL_TENSOR.SHORTCONV_CONV,),
-        renames=(
-            (r"^model\.embedding_norm$", "model.norm"),
-            (r"\.conv\.(in_proj|out_proj|conv)$", r".self_attn.\1"),
-        ),
-        configure=lfm2,
-    ),
+    "lfm2": Architecture("Lfm2ForCausalLM", configure=lfm2, **SHORT_CONVOLUTIONS),
+    "lfm2moe": Architecture("Lfm2MoeForCausalLM", has_experts=True, configure=lfm2_moe, **SHORT_CONVOLUTIONS),
     "llama": Architecture(
         "LlamaForCausalLM",
         PERMUTED,
@@ -626,6 +675,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "llama4": Architecture("Llama4ForCausalLM", has_experts=True, configure=llama4),
     "mamba2": Architecture("Mamba2ForCausalLM", renames=MIXER, has_attention=False, configure=mamba2, **STATES),
+    "minimax-m2": Architecture("MiniMaxM2ForCausalLM", has_experts=True, configure=minimax_m2),
     "mistral3": Architecture("Ministral3ForCausalLM", PERMUTED, also=("LlamaForCausalLM",), configure=mistral3),
     "nemotron": Architecture("NemotronForCausalLM"),
     "nemotron_h": Architecture("NemotronHForCausalLM", renames=MIXER, configure=nemotron_h, **STATES),

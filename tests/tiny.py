@@ -213,10 +213,13 @@ GGUF_NAMES = {
     "cohere": "command-r",
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
+    "ernie4_5_moe": "ernie4_5-moe",
     "glm4_moe": "glm4moe",
     "gpt_oss": "gpt-oss",
     "glm": "chatglm",
     "gpt_neox": "gptneox",
+    "lfm2_moe": "lfm2moe",
+    "minimax_m2": "minimax-m2",
     "ministral3": "mistral3",
     "mistral": "llama",
     "mixtral": "llama",
@@ -271,20 +274,20 @@ def gguf_file(
         [len(tensors[f"model.layers.{layer}.mlp.up_proj.weight"]) for layer in range(common.num_hidden_layers)]
         if arch == "gemma4"
         else next(len(tensor) for name, tensor in tensors.items() if re.search(r"\.(w1|dense_h_to_4h)\.weight$", name))
-        if arch in ("falcon", "lfm2")
+        if arch in ("falcon", "lfm2", "lfm2moe")
         else config.get("intermediate_size") or config["n_inner"]
     )
     writer.add_head_count(heads)
     full_head_dim, full_kv_heads = _global_sizes(arch, config, tensors)
     others = {"conv": 0, "full_attention": full_kv_heads or kv_heads}
     of_layers = [others.get(each, kv_heads) for each in config.get("layer_types") or ()]
-    writer.add_head_count_kv(of_layers if arch in ("gemma4", "lfm2") else kv_heads)
+    writer.add_head_count_kv(of_layers if arch in ("gemma4", "lfm2", "lfm2moe") else kv_heads)
     if arch == "deepseek2":
         tensors = _add_latents(writer, config, tensors, is_split=not is_fused)
     else:
         writer.add_key_length(full_head_dim or config.get("head_dim") or common.hidden_size // heads)
-    if "rms_norm_eps" in config or arch == "lfm2":
-        writer.add_layer_norm_rms_eps(config["norm_eps" if arch == "lfm2" else "rms_norm_eps"])
+    if "rms_norm_eps" in config or arch in ("lfm2", "lfm2moe"):
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps" if "rms_norm_eps" in config else "norm_eps"])
     else:
         writer.add_layer_norm_eps(next((config[name] for name in LAYER_NORM_EPS if name in config), 1e-5))
     rope = config.get("rope_parameters", {})
@@ -294,7 +297,7 @@ def gguf_file(
         _add_gemma(writer, arch, config)
     elif arch not in ("gemma", "llama", "qwen2", "qwen3"):
         _add_facts(writer, arch, config)
-    if "num_experts_per_tok" in config:
+    if "num_experts_per_tok" in config or "moe_k" in config:
         _add_experts(writer, arch, config)
     _add_tokenizer(writer)
     arch_id = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch)
@@ -312,6 +315,7 @@ def gguf_file(
         stored = chosen if data.ndim > 1 else GGMLQuantizationType.F32
         raw = random_blocks(data.shape, stored, generator) if stored in SCALE_FIELDS else gguf.quantize(data, stored)
         known = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        known = known.replace(".expert_bias", ".expert_bias.bias")
         stored_name = names.get_name(known, try_suffixes=(".weight", ".bias"))
         assert stored_name is not None, name
         stored_name += ".weight" * name.endswith((".layer_scalar", ".sinks"))
@@ -337,7 +341,7 @@ def gguf_file(
     return GGUFModel(path, {name: tensor.float() for name, tensor in tensors.items()} if is_fused else weights)
 
 
-EXPERT = re.compile(r"\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight$")
+EXPERT = re.compile(r"\.(?:mlp|block_sparse_moe|feed_forward)\.experts\.(\d+)\.(\w+)\.weight$")
 EXPERT_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 """Mixtral's names."""
 
@@ -348,7 +352,7 @@ def with_merged_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
     experts: dict[str, dict[int, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         found = EXPERT.search(name)
-        prefix = name[: name.find(".experts.")].replace("block_sparse_moe", "mlp")
+        prefix = re.sub(r"\.(block_sparse_moe|feed_forward)$", ".mlp", name[: name.find(".experts.")])
         if found is not None:
             part = EXPERT_PARTS.get(found[2], found[2])
             experts.setdefault(f"{prefix}.experts.{part}.weight", {})[int(found[1])] = tensor
@@ -394,18 +398,25 @@ def _add_latents(
 
 def _add_experts(writer: gguf.GGUFWriter, arch: str, config: Mapping[str, Any]) -> None:
     """Fields of models with experts."""
-    count = next(config[name] for name in ("num_local_experts", "num_experts", "n_routed_experts") if name in config)
-    writer.add_expert_count(count)
-    writer.add_expert_used_count(config["num_experts_per_tok"])
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    writer.add_expert_count(next(config[name] for name in names if name in config))
+    writer.add_expert_used_count(config.get("num_experts_per_tok") or config["moe_k"])
     if arch not in ("llama", "phimoe"):
         writer.add_expert_feed_forward_length(config.get("moe_intermediate_size") or config["intermediate_size"])
     if arch == "deepseek2":
         is_v3 = config["model_type"] == "deepseek_v3"
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID if is_v3 else gguf.ExpertGatingFuncType.SOFTMAX)
-        if config["n_group"] is not None:
-            writer.add_expert_group_count(config["n_group"])
-            writer.add_expert_group_used_count(config["topk_group"])
-    if arch in ("deepseek2", "glm4moe"):
+    if arch in ("deepseek2", "dots1") and config["n_group"] is not None:
+        writer.add_expert_group_count(config["n_group"])
+        writer.add_expert_group_used_count(config["topk_group"])
+    if arch == "ernie4_5-moe":
+        writer.add_interleave_moe_layer_step(config["moe_layer_interval"])
+        writer.add_leading_dense_block_count(config["moe_layer_start_index"])
+        writer.add_expert_shared_count(config["moe_num_shared_experts"])
+    if arch == "lfm2moe":
+        writer.add_leading_dense_block_count(config["num_dense_layers"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    if arch in ("deepseek2", "dots1", "glm4moe"):
         writer.add_leading_dense_block_count(config["first_k_dense_replace"])
         writer.add_expert_shared_count(config["n_shared_experts"])
         writer.add_expert_weights_norm(config["norm_topk_prob"])
@@ -442,7 +453,7 @@ def _converted(arch: str, name: str, data: npt.NDArray[Any], heads: int, kv_head
         by_kv_head = data.reshape(kv_heads, heads // kv_heads + 2, -1, *data.shape[1:])
         q, k, v = np.split(by_kv_head, [-2, -1], axis=1)
         return np.concatenate([each.reshape(-1, *data.shape[1:]) for each in (q, k, v)])
-    if arch == "lfm2" and name.endswith(".conv.conv.weight"):
+    if arch in ("lfm2", "lfm2moe") and name.endswith(".conv.conv.weight"):
         return data.squeeze(1)
     return data
 
@@ -512,7 +523,7 @@ def _add_facts(writer: gguf.GGUFWriter, arch: str, config: Mapping[str, Any]) ->
         writer.add_parallel_residual(config["use_parallel_residual"])
     if arch in ("cohere2", "command-r"):
         writer.add_logit_scale(config["logit_scale"])
-    if arch == "lfm2":
+    if arch in ("lfm2", "lfm2moe"):
         writer.add_shortconv_l_cache(config["conv_L_cache"])
     if arch == "olmo":
         writer.add_clamp_kqv(config["clip_qkv"])

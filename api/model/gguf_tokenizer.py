@@ -206,6 +206,7 @@ _PRE_RULES: Final[dict[str, PreRule]] = {
     "gpt-4o": _GPT4O,
     "llama4": _GPT4O,
     "kanana2": _GPT4O,
+    "minimax-m2": _GPT4O,
     "tekken": _TEKKEN,
     "deepseek-llm": _DEEPSEEK_LLM,
     "deepseek-v3": _DEEPSEEK_V3,

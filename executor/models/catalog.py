@@ -76,12 +76,12 @@ CATALOG = (
         gguf=("deepseek2",),
         limits="no KV cache in 8 bits",
     ),
-    Entry("dots.llm1", ("Dots1ForCausalLM",), ("rednote-hilab/dots.llm1.inst",)),
+    Entry("dots.llm1", ("Dots1ForCausalLM",), ("rednote-hilab/dots.llm1.inst",), gguf=("dots1",)),
     Entry(
         "ERNIE 4.5",
         ("Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM", "Ernie4_5_MoeForCausalLM"),
         ("baidu/ERNIE-4.5-0.3B-PT", "baidu/ERNIE-4.5-21B-A3B-PT"),
-        gguf=("ernie4_5",),
+        gguf=("ernie4_5", "ernie4_5-moe"),
     ),
     Entry(
         "EXAONE 4",
@@ -179,7 +179,7 @@ CATALOG = (
         "LFM2",
         ("Lfm2ForCausalLM", "Lfm2MoeForCausalLM"),
         ("LiquidAI/LFM2-350M", "LiquidAI/LFM2-1.2B", "LiquidAI/LFM2-8B-A1B"),
-        gguf=("lfm2",),
+        gguf=("lfm2", "lfm2moe"),
         limits="text only",
     ),
     Entry(
@@ -199,7 +199,12 @@ CATALOG = (
     Entry(
         "Mamba-2", ("Mamba2ForCausalLM",), ("mistralai/Mamba-Codestral-7B-v0.1",), gguf=("mamba2",), limits=RECURRENT
     ),
-    Entry("MiniMax-M2", ("MiniMaxM2ForCausalLM",), ("MiniMaxAI/MiniMax-M2", "MiniMaxAI/MiniMax-M2.1")),
+    Entry(
+        "MiniMax-M2",
+        ("MiniMaxM2ForCausalLM",),
+        ("MiniMaxAI/MiniMax-M2", "MiniMaxAI/MiniMax-M2.1"),
+        gguf=("minimax-m2",),
+    ),
     Entry(
         "Mistral",
         ("MistralForCausalLM", "Ministral3ForCausalLM"),

@@ -78,6 +78,41 @@ def test_families(kind: str) -> None:
     assert_close(logits_of(load(file.path), token_ids), expected)
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("dots1", {"sliding_window": None, "layer_types": None}),
+        (
+            "dots1",
+            {"sliding_window": None, "layer_types": None, "n_group": 1, "topk_group": 1, "attention_bias": False},
+        ),
+        ("ernie4_5_moe", {"moe_layer_end_index": -1}),
+        ("ernie4_5_moe", {"moe_layer_end_index": -1, "moe_layer_interval": 2, "moe_num_shared_experts": 0}),
+        ("lfm2_moe", {"conv_bias": False, "routed_scaling_factor": 1.0}),
+        (
+            "lfm2_moe",
+            {"conv_bias": False, "routed_scaling_factor": 1.0, "use_expert_bias": False, "num_dense_layers": 2},
+        ),
+        ("minimax_m2", {}),
+    ],
+)
+@pytest.mark.parametrize("type_name", ["F32", "Q8_0"])
+def test_corrected_routers(kind: str, fields: dict[str, Any], type_name: str) -> None:
+    """Files name the bias of the choice in one way, models in four."""
+    wide: dict[str, Any] = {} if type_name == "F32" else {"moe_intermediate_size": 64}
+    wide |= {"intermediate_size": 64} if wide and kind == "minimax_m2" else {}
+    folder = tiny.checkpoint(kind, **fields, **wide, tied=kind == "lfm2_moe")
+    file = tiny.gguf_file(folder, GGMLQuantizationType[type_name], kinds={"conv.conv": F32, "e_score": F32})
+    token_ids = random_tokens(60)
+    loaded = load(file.path)
+    assert loaded.hf_config.architecture == load(folder).hf_config.architecture
+    expected = load(folder) if type_name == "F32" else load(file.path, quantization="none")
+    assert_close(logits_of(loaded, token_ids), logits_of(expected, token_ids))
+    layers = [layer for layer in loaded.model.modules() if isinstance(layer, MoE)]
+    weights = [weight for layer in layers for weight in (*layer.weights().gate_up, *layer.weights().down)]
+    assert weights and all(isinstance(weight, ops.QuantizedWeight) == (type_name == "Q8_0") for weight in weights)
+
+
 def test_the_factor_of_phi_is_that_of_the_released_model() -> None:
     header = read_gguf(tiny.gguf_file(tiny.checkpoint("phimoe", **FAMILIES["phimoe"]), F32).path).header()
     lengths = {"phimoe.context_length": 131072, "phimoe.rope.scaling.original_context_length": 4096}
