@@ -50,6 +50,7 @@ from executor.sampling.forced import create_sampler
 from executor.sampling.sampler import Sampler, SamplerOutput, SampleRows, TokenMask
 from executor.speculative.base import ComputedRows, Drafts, ProposerContext
 from executor.speculative.speculation import Speculation, drafts_of, num_verified, settle, settle_late
+from executor.speculative.step_costs import TIMED, time_steps
 from executor.stages import Stage
 from executor.step_rows import RowsOfPlans
 from ops.dispatch import Spec
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
 
 PROMPT_LOGITS_CHUNK = 128
 """Rows per batch of logits for prompt log probabilities: logits are wide."""
+
+TIMED_TOKENS = max(TIMED)
 
 NO_LOGPROBS: Deferred[Sequence[TokenLogprobs]] = Deferred.known(())
 
@@ -211,6 +214,8 @@ class ModelRunner:
         self.draft = draft
         self.forced_outputs = forced_outputs
         self.speculation = Speculation(None, 0)
+        self._step_times: dict[int, float] = {}
+        """What steps take, in milliseconds by number of tokens."""
         self.late: LateSpeculation | None = None
         """In its place, where the device makes drafts by itself."""
         self.images: ImageInputs | None = None
@@ -239,7 +244,7 @@ class ModelRunner:
         self.pooler = Pooler(max_num_seqs, self.pooling_head, self.dense, self.token_dense)
         if self.late_slots is None:
             context = ProposerContext(ops.op_set("cpu").name, self.states, self.draft)
-            self.speculation = Speculation(self.speculative, max_num_seqs, context)
+            self.speculation = Speculation(self.speculative, max_num_seqs, context, self._step_times)
         else:
             self.late = self._late_speculation(self.late_slots)
         if not self.enforce_eager:
@@ -281,6 +286,8 @@ class ModelRunner:
         if self.enforce_eager:
             values = self._dry_run()
         else:
+            if self._steps_are_timed:
+                self.model.reserve_positions(TIMED_TOKENS)  # the program knows where their tables are, too
             self.program = self.capture()
             values = self.program.num_bytes
         sampling = Sampler(max_num_seqs, self.device.torch_device.type, channel=self.channel)
@@ -296,6 +303,27 @@ class ModelRunner:
             of_draft = self.draft.memory()
             step_bytes, per_position = step_bytes + of_draft[0], per_position + of_draft[1]
         return step_bytes, per_position
+
+    @property
+    def _steps_are_timed(self) -> bool:
+        """Whether ``time_steps`` does anything."""
+        if self.speculative is None or not self.speculative.is_adaptive or self.channel.fileno() is not None:
+            return False
+        return not self.enforce_eager and not any(group.shape.kind in RECURRENT_KINDS for group in self.groups)
+
+    def time_steps(self) -> None:
+        """Times some steps that verify drafts of a request, where such times matter. Called after ``step_memory``."""
+        if not self._steps_are_timed:
+            return
+        self.states = RequestStates(1, TIMED_TOKENS, self.block_sizes)
+        self.states.num_known[:] = self.states.num_attended[:] = TIMED_TOKENS
+        self.states.token_ids[0, :TIMED_TOKENS] = np.linspace(0, self.vocab_size - 1, TIMED_TOKENS)
+        forward, slot = self._new_forward(), np.zeros(1, np.int32)
+
+        def run(count: int) -> None:
+            forward.run(forward.prepare(slot, np.full(1, count, np.int32), np.full(1, count, np.uint8)))
+
+        self._step_times = time_steps(run, min(self.max_samples, TIMED_TOKENS))
 
     def _dry_run(self) -> int:
         """Runs the model eagerly on the largest step: prompts as long as possible, all in the same block.

@@ -173,6 +173,7 @@ class Worker:
         memory = device.memory()  # before the step, whose memory an allocator may keep
         with _refusals(device):
             step_bytes, position_bytes = self.runner.step_memory()
+            self.runner.time_steps()
         if config.lora.enable_lora:
             self._adapters = LoadedAdapters(loaded, config.lora)
             step_bytes += self._adapters.num_bytes(self.runner.max_tokens)

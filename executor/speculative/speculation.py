@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ _NO_TOKENS: I32 = np.empty(0, np.int32)
 _NO_COUNT: I64 = np.zeros(1, np.int64)
 _NOTHING = Drafts(np.empty(0, np.int64), _NO_TOKENS)
 
+NOT_MEASURED: Mapping[int, float] = {}
 FIRST_LOGIT = 1.0
 """That of a draft whose proposal took time, before anything was learned: it is right in 3 of 4 cases."""
 PATIENCE = 8
@@ -210,8 +212,19 @@ class Speculation:
     """The worker's proposer, if any."""
 
     def __init__(
-        self, config: SpeculativeConfig | None, max_num_seqs: int, context: ProposerContext | None = None
+        self,
+        config: SpeculativeConfig | None,
+        max_num_seqs: int,
+        context: ProposerContext | None = None,
+        step_times: Mapping[int, float] = NOT_MEASURED,
     ) -> None:
+        """
+        Args:
+            config: How to speculate; None: not at all.
+            max_num_seqs: Number of slots.
+            context: What proposers need.
+            step_times: Milliseconds by number of tokens, see ``time_steps``.
+        """
         self._proposer = None if config is None else create_proposer(config, max_num_seqs, context)
         self._costs = None if self._proposer is None else self._proposer.costs
         self.max_drafts = 0 if config is None else config.num_speculative_tokens
@@ -227,6 +240,7 @@ class Speculation:
             is_adaptive=config is not None and config.is_adaptive,
             first_logits=FIRST_LOGITS if self._costs is None else (FIRST_LOGIT,) * MAX_KINDS,
         )
+        self._lengths.costs.start(step_times)
         self._always_waits = config is not None and not config.is_adaptive
         """Ranks must not differ in which results they know when a step begins."""
         self._always_searches = self._always_waits or self._costs is not None

@@ -1,17 +1,29 @@
-"""How long a step takes, by the number of its tokens: learned from the steps that are computed anyway.
+"""How long a step takes, by the number of its tokens: measured at startup, then learned from the steps that are
+computed anyway.
 
-Measuring at startup would cost as much as twenty steps of every size, and would know nothing of long contexts or of
-other work on the machine.
+The start has time for a few steps, fewer of a large model. They know nothing of long contexts or of other work on the
+machine, and the loading of other processes may have disturbed them: what steps take later corrects them.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 KNOTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 """Tokens of a step; times in between are interpolated."""
+TIMED = (1, 8, 4, 2, 16)
+"""Those timed at startup, in the order in which the curve needs them."""
+RUNS = 2
+"""Steps of each; the shortest counts."""
+START_TIME = 0.15
+"""Seconds that these may take together, but for the first one."""
+MOST_AT_START = 0.25
+"""Most that another token may cost by them, in steps of one token: drafts are tried however the start was disturbed."""
+START_VISITS = 2.0
+"""What they count for: if no step of such a size follows in a thousand, one is tried."""
 DENSE = 8
 """Up to this number, each is a knot."""
 FIRST_GUESS = 0.1
@@ -33,6 +45,27 @@ MAX_SURPRISE = 0.7
 """Bound of a measurement's logarithm relative to the expectation: something else may have taken the time."""
 
 
+def time_steps(run: Callable[[int], object], most: int, seconds: float = START_TIME) -> dict[int, float]:
+    """Milliseconds of steps by the number of their tokens, as many as there is time for.
+
+    Args:
+        run: Computes a step of so many tokens.
+        most: Most tokens of a step.
+        seconds: All may take so long, but for the first one.
+    """
+    begin, took = time.perf_counter(), 0.0
+    times: dict[int, float] = {}
+    for size in (size for size in TIMED if size <= most):
+        for _ in range(RUNS):
+            start = time.perf_counter()
+            if times and start - begin + took > seconds:
+                return times
+            run(size)
+            took = time.perf_counter() - start
+            times[size] = min(took * 1e3, times.get(size, math.inf))
+    return times
+
+
 class StepCosts:
     """Times of steps with one token per position that is sampled, such as those that decode.
 
@@ -48,6 +81,14 @@ class StepCosts:
         self._num_added = 0
         self._visits = [0.0] * len(KNOTS)
         """Recent steps of about the size of each knot."""
+
+    def start(self, milliseconds: Mapping[int, float]) -> None:
+        """Takes over how the times that ``time_steps`` has measured grow. Whole steps take longer, as they sample."""
+        for size, took in milliseconds.items():
+            knot, most = KNOTS.index(size), 1 + MOST_AT_START * (size - 1)
+            self._shape[knot] = math.log(min(took / milliseconds[1], most))
+            self._visits[knot] = START_VISITS
+        self._guess_others()
 
     def add(self, num_tokens: int, milliseconds: float) -> None:
         """Learns from a step."""

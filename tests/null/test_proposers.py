@@ -20,7 +20,7 @@ from executor.speculative.draft_model import DraftModelProposer
 from executor.speculative.lookup import NO_TOKEN, NUM_KINDS, continuation, find
 from executor.speculative.pool import MAX_OUTPUT, MAX_POOLS, POOL_TOKENS, Pool, Pools
 from executor.speculative.registry import create_proposer
-from executor.speculative.step_costs import StepCosts
+from executor.speculative.step_costs import START_TIME, StepCosts, time_steps
 
 GENERATOR = np.random.default_rng(7)
 
@@ -185,6 +185,49 @@ def test_costs_follow_the_measurements() -> None:
         costs.add(1, 40.0)
     assert costs.relative([8])[0] / costs.relative([1])[0] == pytest.approx(2.0, rel=0.35)
     assert (np.diff(costs.relative(range(1, 2000))) >= 0).all(), "more tokens never cost less"
+
+
+def test_the_start_times_as_many_sizes_as_there_is_time_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 5.0
+    monkeypatch.setattr("executor.speculative.step_costs.time.perf_counter", lambda: now)
+
+    def timed(seconds: Callable[[int], float], most: int = 16) -> tuple[dict[int, float], float]:
+        nonlocal now
+        begin = now
+
+        def run(count: int) -> None:
+            nonlocal now
+            now += seconds(count)
+
+        return time_steps(run, most), now - begin
+
+    times, took = timed(lambda count: 0.001 * (10 + count) if count > 1 else 0.011)
+    assert times == pytest.approx({1: 11, 8: 18, 4: 14, 2: 12, 16: 26}) and took <= START_TIME
+    assert timed(lambda count: 0.001 * count, most=5)[0] == pytest.approx({1: 1, 4: 4, 2: 2})
+    times, took = timed(lambda count: 0.04)
+    assert times.keys() == {1, 8} and took <= START_TIME
+    times, took = timed(lambda count: 3.0)
+    assert times == pytest.approx({1: 3000}) and took == pytest.approx(3), "one step of a large model"
+
+
+def test_costs_begin_with_what_the_start_has_measured() -> None:
+    costs = StepCosts()
+    costs.start({})
+    assert not costs.is_known
+    costs.start({1: 10.0, 8: 12.0, 4: 10.5, 2: 9.9})
+    assert costs.relative([1, 2, 4, 8]) == pytest.approx([1, 1, 1.05, 1.2])
+    assert 1.2 < costs.relative([16])[0] < 4, "as a guess"
+    assert not costs.is_known, "whole steps take longer"
+    costs.add(1, 12.0)
+    assert costs.milliseconds([1, 2, 4, 8]) == pytest.approx([12, 12, 12.6, 14.4])
+    disturbed = StepCosts()
+    disturbed.start({1: 10.0, 8: 90.0})
+    assert disturbed.relative([8])[0] == pytest.approx(1 + 7 / 4)
+    for _ in range(2000):  # another program took the time of that one
+        costs.add(1, 10.0)
+    assert costs.relative([8])[0] == pytest.approx(StepCosts().relative([8])[0], rel=0.1), "so it is tried again"
+    learn_costs(costs, lambda count: cost_of(count, 1.0))
+    assert costs.relative([8])[0] / costs.relative([1])[0] == pytest.approx(1.7, rel=0.1)
 
 
 def follow(lengths: DraftLengths, states: RequestStates, draft: list[int], came: list[int]) -> int:
