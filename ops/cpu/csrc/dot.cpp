@@ -58,6 +58,10 @@ constexpr int kRowsInOrder = 8;
 constexpr int kRowsInOrder = 4;
 #endif
 
+// Most rows for which lines of a stream are fetched twice (`Source`), and how far ahead into the L1 cache.
+constexpr int kRowsFetchedTwice = 4;
+constexpr uintptr_t kNearBytes = 2048;
+
 // Blocks of k for which 16 columns are added before the other 16 are: few if they are read in order.
 template <bool kInOrder>
 constexpr int kBlocksPerPass = kInOrder ? 2 : 4;
@@ -166,14 +170,17 @@ inline void add_pair<3, 2>(Vec (*sums)[3], const RowPointers<BFloat16, 3>& x, in
 // One block of k for 16 columns, or for all 32: sums[r] += x[r] * w. `x` then points to the next 32 elements.
 //
 // Pairs of bfloat16 take the CPU's own instruction, or else the even element first and then the odd one.
-template <int kNumRows, int kHalves>
+template <int kNumRows, int kHalves, bool kFetchesTwice>
 inline void add_block(Vec (*sums)[kNumRows], RowPointers<BFloat16, kNumRows>& x, const BFloat16* w, Fetch& fetch) {
     const Pairs pairs;
 #pragma GCC unroll 1
     for (int s = 0; s < kSteps<BFloat16>; s += kUnrolled) {
 #pragma GCC unroll 4
         for (int i = 0; i < kUnrolled; ++i, w += kStepElements) {
-            for (int h = 0; h < kHalves; ++h) advance(fetch);
+            for (int h = 0; h < kHalves; ++h) {
+                advance(fetch);
+                if constexpr (kFetchesTwice) prefetch_l1(address_of(w + h * kHalfElements<BFloat16>) + kNearBytes);
+            }
             add_pair<kNumRows, kHalves>(sums, x, i, w, pairs);
         }
         x.advance(kUnrolled * kPair<BFloat16>);
@@ -181,7 +188,7 @@ inline void add_block(Vec (*sums)[kNumRows], RowPointers<BFloat16, kNumRows>& x,
 }
 
 // The same for other types.
-template <int kNumRows, int kHalves, class T>
+template <int kNumRows, int kHalves, bool kFetchesTwice, class T>
 inline void add_block(Vec (*sums)[kNumRows], RowPointers<T, kNumRows>& x, const T* w, Fetch& fetch) {
     constexpr int kStepBytes = sizeof(T) * kHalves * kLanes;
 #pragma GCC unroll 1
@@ -190,6 +197,9 @@ inline void add_block(Vec (*sums)[kNumRows], RowPointers<T, kNumRows>& x, const 
         for (int i = 0; i < kUnrolled; ++i, w += kStepElements) {
             if (kStepBytes >= kCacheLineBytes || i % 2 == 0) advance(fetch);
             if constexpr (kStepBytes > kCacheLineBytes) advance(fetch);
+            if constexpr (kFetchesTwice)
+                for (int line = 0; line < kStepBytes; line += kCacheLineBytes)
+                    prefetch_l1(address_of(w) + line + kNearBytes);
             for (int h = 0; h < kHalves; ++h) {
                 const Vec columns = load(w + h * kHalfElements<T>);
                 for (int r = 0; r < kNumRows; ++r) sums[h][r] = fma(splat(x[r][i]), columns, sums[h][r]);
@@ -205,8 +215,12 @@ inline void add_block(Vec (*sums)[kNumRows], RowPointers<T, kNumRows>& x, const 
 template <class T, int kNumRows>
 constexpr bool kReadsInOrder = kIsBFloat16<T> && (kNumRows <= kRowsInOrder || kNumRows > kRowsOfBothHalves);
 
+// Where a right factor is read from: a cache, or memory. With few rows of a long stream, Intel's CPUs read 7 to 13%
+// faster if each line is fetched into the L1 cache after it was fetched into the L2 cache; AMD's fetch by themselves.
+enum class Source { kCache, kStream, kFetchedTwice };
+
 // Adds the products with block number k of both halves of the columns, or of one. `x` then points to the next block.
-template <class T, int kNumRows, int kHalves, bool kInOrder>
+template <class T, int kNumRows, int kHalves, bool kInOrder, bool kFetchesTwice>
 inline void add_products(Vec (*sums)[kNumRows], RowPointers<T, kNumRows>& x, int64_t left_block, const Right<T>& right,
                          int k, int first_half, Fetch& fetch) {
     const T* w = (right.list ? right.list[k] : right.data + k * right.block) + first_half * kHalfElements<T>;
@@ -214,11 +228,11 @@ inline void add_products(Vec (*sums)[kNumRows], RowPointers<T, kNumRows>& x, int
     if constexpr (kNumRows >= kFetchedRows)
         for (int r = 0; r < kNumRows; ++r) prefetch_l1(address_of(x[r] + left_block));
     if constexpr (kInOrder && kHalves == 2) {
-        add_block<kNumRows, 1>(sums, x, w, fetch);
+        add_block<kNumRows, 1, kFetchesTwice>(sums, x, w, fetch);
         x.advance(-kBlock);
-        add_block<kNumRows, 1>(sums + 1, x, w + kHalfElements<T>, fetch);
+        add_block<kNumRows, 1, kFetchesTwice>(sums + 1, x, w + kHalfElements<T>, fetch);
     } else {
-        add_block<kNumRows, kHalves>(sums, x, w, fetch);
+        add_block<kNumRows, kHalves, kFetchesTwice>(sums, x, w, fetch);
     }
     x.advance(left_block - kBlock);
 }
@@ -227,8 +241,10 @@ inline void add_products(Vec (*sums)[kNumRows], RowPointers<T, kNumRows>& x, int
 // factor is read almost in order, and what is prefetched is what is read next.
 //
 // GCC keeps arrays of sums in registers only if all loops over them are unrolled early; hence the pragmas.
-template <class T, int kNumRows, bool kInOrder>
+template <class T, int kNumRows, Source kSource>
 void dot_rows(const Left<T>& left, const Right<T>& right, int blocks, bool first, float* result) {
+    constexpr bool kInOrder = kSource != Source::kCache && kReadsInOrder<T, kNumRows>;
+    constexpr bool kFetchesTwice = kSource == Source::kFetchedTwice && kNumRows <= kRowsFetchedTwice;
     Fetch fetch = right.fetch;
     if constexpr (kNumRows <= kRowsOfBothHalves) {
         Vec sums[2][kNumRows];
@@ -243,7 +259,7 @@ void dot_rows(const Left<T>& left, const Right<T>& right, int blocks, bool first
         }
         RowPointers<T, kNumRows> x(left.data, left.row);
         for (int k = 0; k < blocks; ++k)
-            add_products<T, kNumRows, 2, kInOrder>(sums, x, left.block, right, k, 0, fetch);
+            add_products<T, kNumRows, 2, kInOrder, kFetchesTwice>(sums, x, left.block, right, k, 0, fetch);
 #pragma GCC unroll 16
         for (int r = 0; r < kNumRows; ++r) {
             store(result + r * kColumns, sums[0][r]);
@@ -263,7 +279,7 @@ void dot_rows(const Left<T>& left, const Right<T>& right, int blocks, bool first
                 }
                 RowPointers<T, kNumRows> x(left.data + begin * left.block, left.row);
                 for (int k = begin; k < end; ++k)
-                    add_products<T, kNumRows, 1, false>(sums, x, left.block, right, k, h, fetch);
+                    add_products<T, kNumRows, 1, false, kFetchesTwice>(sums, x, left.block, right, k, h, fetch);
 #pragma GCC unroll 16
                 for (int r = 0; r < kNumRows; ++r) store(half + r * kColumns, sums[0][r]);
             }
@@ -275,10 +291,12 @@ template <class T>
 using DotRows = void (*)(const Left<T>&, const Right<T>&, int, bool, float*);
 
 template <class T, int... kIndices>
-DotRows<T> choose_rows(int rows, bool is_stream, std::integer_sequence<int, kIndices...>) {
-    static constexpr DotRows<T> kStreams[] = {dot_rows<T, kIndices + 1, kReadsInOrder<T, kIndices + 1>>...};
-    static constexpr DotRows<T> kCached[] = {dot_rows<T, kIndices + 1, false>...};
-    return (is_stream ? kStreams : kCached)[rows - 1];
+DotRows<T> choose_rows(int rows, Source source, std::integer_sequence<int, kIndices...>) {
+    static constexpr DotRows<T> kCached[] = {dot_rows<T, kIndices + 1, Source::kCache>...};
+    static constexpr DotRows<T> kStreams[] = {dot_rows<T, kIndices + 1, Source::kStream>...};
+    static constexpr DotRows<T> kFetched[] = {
+        dot_rows<T, kIndices + 1, kIndices < kRowsFetchedTwice ? Source::kFetchedTwice : Source::kStream>...};
+    return (source == Source::kCache ? kCached : source == Source::kStream ? kStreams : kFetched)[rows - 1];
 }
 
 #if defined(OCTAVO_AMX)
@@ -323,7 +341,7 @@ void dot_tiles(int rows, const Left<BFloat16>& left, const Right<BFloat16>& righ
 
 template <class T>
 void add_dot(int rows, const Left<T>& left, const Right<T>& right, int blocks, bool first, float* sums) {
-    const DotRows<T> add = choose_rows<T>(rows, false, std::make_integer_sequence<int, kRows<T>>());
+    const DotRows<T> add = choose_rows<T>(rows, Source::kCache, std::make_integer_sequence<int, kRows<T>>());
     add(left, right, blocks, first, sums);
 }
 
@@ -336,8 +354,9 @@ void dot(int rows, const Left<T>& left, const Right<T>& right, int blocks, float
     } else
 #endif
     {
-        const bool is_stream = !right.list && !right.is_cached;
-        const DotRows<T> add = choose_rows<T>(rows, is_stream, std::make_integer_sequence<int, kRows<T>>());
+        const Source stream = is_amd() ? Source::kStream : Source::kFetchedTwice;
+        const Source source = right.list || right.is_cached ? Source::kCache : stream;
+        const DotRows<T> add = choose_rows<T>(rows, source, std::make_integer_sequence<int, kRows<T>>());
         add(left, right, blocks, true, sums);
     }
 }
