@@ -2,6 +2,8 @@
 
 #include <utility>
 
+#include "fetch.h"
+
 #if defined(OCTAVO_AMX)
 #include "amx.h"
 #endif
@@ -57,10 +59,6 @@ constexpr int kRowsInOrder = 8;
 #else
 constexpr int kRowsInOrder = 4;
 #endif
-
-// Most rows for which lines of a stream are fetched twice (`Source`), and how far ahead into the L1 cache.
-constexpr int kRowsFetchedTwice = 4;
-constexpr uintptr_t kNearBytes = 2048;
 
 // Blocks of k for which 16 columns are added before the other 16 are: few if they are read in order.
 template <bool kInOrder>
@@ -215,9 +213,11 @@ inline void add_block(Vec (*sums)[kNumRows], RowPointers<T, kNumRows>& x, const 
 template <class T, int kNumRows>
 constexpr bool kReadsInOrder = kIsBFloat16<T> && (kNumRows <= kRowsInOrder || kNumRows > kRowsOfBothHalves);
 
-// Where a right factor is read from: a cache, or memory. With few rows of a long stream, Intel's CPUs read 7 to 13%
-// faster if each line is fetched into the L1 cache after it was fetched into the L2 cache; AMD's fetch by themselves.
+// Where a right factor is read from: a cache, or memory, from which its lines may be fetched twice.
 enum class Source { kCache, kStream, kFetchedTwice };
+
+template <int kNumRows>
+constexpr Source kFetchedSource = kNumRows <= kRowsFetchedTwice ? Source::kFetchedTwice : Source::kStream;
 
 // Adds the products with block number k of both halves of the columns, or of one. `x` then points to the next block.
 template <class T, int kNumRows, int kHalves, bool kInOrder, bool kFetchesTwice>
@@ -294,8 +294,7 @@ template <class T, int... kIndices>
 DotRows<T> choose_rows(int rows, Source source, std::integer_sequence<int, kIndices...>) {
     static constexpr DotRows<T> kCached[] = {dot_rows<T, kIndices + 1, Source::kCache>...};
     static constexpr DotRows<T> kStreams[] = {dot_rows<T, kIndices + 1, Source::kStream>...};
-    static constexpr DotRows<T> kFetched[] = {
-        dot_rows<T, kIndices + 1, kIndices < kRowsFetchedTwice ? Source::kFetchedTwice : Source::kStream>...};
+    static constexpr DotRows<T> kFetched[] = {dot_rows<T, kIndices + 1, kFetchedSource<kIndices + 1>>...};
     return (source == Source::kCache ? kCached : source == Source::kStream ? kStreams : kFetched)[rows - 1];
 }
 
@@ -354,7 +353,7 @@ void dot(int rows, const Left<T>& left, const Right<T>& right, int blocks, float
     } else
 #endif
     {
-        const Source stream = is_amd() ? Source::kStream : Source::kFetchedTwice;
+        const Source stream = is_fetched_twice(rows) ? Source::kFetchedTwice : Source::kStream;
         const Source source = right.list || right.is_cached ? Source::kCache : stream;
         const DotRows<T> add = choose_rows<T>(rows, source, std::make_integer_sequence<int, kRows<T>>());
         add(left, right, blocks, true, sums);

@@ -2,6 +2,8 @@
 
 #include <utility>
 
+#include "fetch.h"
+
 #if defined(OCTAVO_AMX)
 #include "amx.h"
 #endif
@@ -64,16 +66,16 @@ struct PackedBlocks {
     using Form = F;
     static constexpr bool kInPlace = kInPlace_;
     Cursor at;
-    uintptr_t ahead;       // bytes; 0: what is prefetched is there already
+    Ahead ahead;
     uintptr_t distance;    // bytes
     int first_line, step;  // bytes; nothing is prefetched from `first_line` = kNoLine on
 
     void prefetch_header() const {
         for (int line = 0; line < at.layout->header_bytes; line += kCacheLineBytes)
-            prefetch(address_of(at.header) + ahead + line);
+            ahead.fetch(address_of(at.header) + line);
     }
     void prefetch_front() const {
-        if constexpr (Form::Scales::kFrontBytes > 0) prefetch(address_of(at.codes) + ahead - Form::Scales::kFrontBytes);
+        if constexpr (Form::Scales::kFrontBytes > 0) ahead.fetch(address_of(at.codes) - Form::Scales::kFrontBytes);
     }
     const BlockScales& scales(BlockScales& buffer) const {
         if (at.index == 0) prefetch_header();
@@ -90,7 +92,7 @@ struct PackedBlocks {
         const uint8_t* codes = at.codes + half * Code::kHalfBytes;
         if (part == 0) {
             for (int line = kLine; line < Code::kHalfBytes / kLineBytes; line += kLines)
-                prefetch(address_of(codes) + ahead + line * kLineBytes);
+                ahead.fetch(address_of(codes) + line * kLineBytes);
         }
         if constexpr (kInPlace)
             Code::template get_in_place<kLine>(codes + part, first, second);
@@ -101,7 +103,7 @@ struct PackedBlocks {
     const uint8_t* lines(int half, uint8_t (&buffer)[8][kLineBytes]) const {
         using Code = typename Form::Code;
         const uint8_t* codes = at.codes + half * Code::kHalfBytes;
-        for (int line = 0; line < Code::kHalfBytes; line += kLineBytes) prefetch(address_of(codes) + ahead + line);
+        for (int line = 0; line < Code::kHalfBytes; line += kLineBytes) ahead.fetch(address_of(codes) + line);
         if constexpr (std::is_same_v<Code, Bytes>) return codes;
         decode_half<Code>(codes, buffer);
         return buffer[0];
@@ -112,7 +114,8 @@ struct PackedBlocks {
 // The bytes from which it starts, and how it prefetches.
 struct Source {
     Cursor at;
-    uintptr_t ahead, distance;
+    Ahead ahead;
+    uintptr_t distance;
     int first_line, step;
 };
 
@@ -450,10 +453,11 @@ template <class F>
 constexpr bool kIsBetterDecoded = F::Scales::kIsSuper;
 #endif
 
-// How far ahead weights are prefetched for so many rows; 0: the CPU does so by itself.
-uintptr_t bytes_ahead(const QuantizedLayout& layout, int rows) {
+// How far ahead weights are prefetched for so many rows; {}: the CPU does so by itself.
+Ahead bytes_ahead(const QuantizedLayout& layout, int rows) {
+    if (!is_amd()) return {kAheadBytes, is_fetched_twice(rows) ? kNearBytes : 0};
     const bool are_bytes = layout.block_bytes == 2 * Bytes::kHalfBytes;
-    return is_amd() && rows <= (are_bytes ? kRowsOfBytesReadByHardware : kRowsReadByHardware) ? 0 : kAheadBytes;
+    return {rows <= (are_bytes ? kRowsOfBytesReadByHardware : kRowsReadByHardware) ? 0 : kAheadBytes, 0};
 }
 
 // Codes that were decoded are multiplied alike, unless their products are added up in 16 bits.
@@ -499,7 +503,7 @@ template void quantize_row(const float*, int, Int8Block*, int64_t);
 
 void dot_int8(const QuantizedLayout& layout, const uint8_t* weight, const Range& range, int rows, const Int8Block* x,
               float* sums, const Turn& turn) {
-    const uintptr_t ahead = turn.count > 1 ? 0 : bytes_ahead(layout, rows);
+    const Ahead ahead = turn.count > 1 ? Ahead{} : bytes_ahead(layout, rows);
     const Cursor at = Cursor::at(layout, weight, range.begin), end = Cursor::at(layout, weight, range.end);
     const uintptr_t distance = address_of(end.codes) - address_of(at.codes);
     const int step = turn.count * kCacheLineBytes;
@@ -511,7 +515,7 @@ void dot_int8(const QuantizedLayout& layout, const uint8_t* weight, const Range&
 
 void dot_int8_blocks(const QuantizedLayout& layout, const uint8_t* weight, int row_blocks, int rows, const Int8Block* x,
                      float* sums) {
-    const uintptr_t ahead = bytes_ahead(layout, rows);
+    const Ahead ahead = bytes_ahead(layout, rows);
     const int blocks = layout.shape.column_blocks();
     const int64_t stride = layout.stride();
     std::memset(sums, 0, static_cast<size_t>(row_blocks) * rows * kColumns * sizeof(float));

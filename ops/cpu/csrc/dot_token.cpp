@@ -1,5 +1,6 @@
 #include "dot_token.h"
 
+#include "fetch.h"
 #include "team.h"
 
 #include <utility>
@@ -87,11 +88,11 @@ inline __attribute__((always_inline)) void add_part(Totals (&first)[kNumRows], T
 template <int kNumRows, bool kFirst, bool kSecond>
 inline __attribute__((always_inline)) void add_lines(Totals (&first)[kNumRows], Totals (&second)[kNumRows],
                                                      const uint8_t* weight, int distance, const TokenCode* x,
-                                                     uintptr_t ahead) {
+                                                     const Ahead& ahead) {
 #pragma GCC unroll 2
     for (int line = 0; line < 2 * kLines; ++line, weight += kLineBytes, x += 4) {
-        if constexpr (kFirst) prefetch(address_of(weight) + ahead);
-        if constexpr (kSecond && kPasses == 1) prefetch(address_of(weight + distance) + ahead);
+        if constexpr (kFirst) ahead.fetch(address_of(weight));
+        if constexpr (kSecond && kPasses == 1) ahead.fetch(address_of(weight + distance));
         add_part<kNumRows, kFirst, kSecond, 0>(first, second, weight, distance, x);
         if constexpr (kWordParts == 2) add_part<kNumRows, kFirst, kSecond, 1>(first, second, weight, distance, x);
     }
@@ -100,10 +101,10 @@ inline __attribute__((always_inline)) void add_lines(Totals (&first)[kNumRows], 
 // Where blocks of codes are, and what is prefetched while they are read: they follow each other, or are listed.
 struct Stream {
     const uint8_t* first;
-    uintptr_t ahead;  // bytes
+    Ahead ahead;
 
     const uint8_t* at(int k) const { return first + k * kBlock * kColumns; }
-    uintptr_t distance(int) const { return ahead; }
+    Ahead distance(int) const { return ahead; }
 };
 
 struct List {
@@ -111,7 +112,7 @@ struct List {
     int ahead;  // blocks
 
     const uint8_t* at(int k) const { return blocks[k]; }
-    uintptr_t distance(int k) const { return address_of(blocks[k + ahead]) - address_of(blocks[k]); }
+    Ahead distance(int k) const { return {address_of(blocks[k + ahead]) - address_of(blocks[k]), 0}; }
 };
 
 // Adds the products of some blocks of k with the columns of two vectors: those at an offset in the blocks, and others
@@ -129,7 +130,7 @@ inline void add_blocks(const Source& source, Range blocks, int offset, int dista
     x += static_cast<int64_t>(blocks.begin) * kNumRows * kBlock;
     for (int k = blocks.begin; k < blocks.end; ++k, x += kNumRows * kBlock) {
         const uint8_t* codes = source.at(k) + offset;
-        const uintptr_t ahead = source.distance(k);
+        const Ahead ahead = source.distance(k);
         if constexpr (kNumRows >= kRowsSharingLoads || kPasses > 1) {
             add_lines<kNumRows, true, true>(first, second, codes, distance, x, ahead);
         } else {
@@ -186,7 +187,7 @@ void multiply(const Source& source, int rows, int blocks, const TokenCode* x, in
     }
     for (int k = 0; k < blocks; ++k, x += rows * kBlock) {
         const uint8_t* codes = source.at(k);
-        const uintptr_t ahead = address_of(codes) + source.distance(k);
+        const uintptr_t ahead = address_of(codes) + source.distance(k).far;
         for (int line = 0; line < 2 * kHalfBytes; line += kCacheLineBytes) prefetch(ahead + line);
         amx::load<0>(x, kBlock);
         amx::load<2>(codes, kLineBytes);
@@ -262,7 +263,8 @@ void dot_token(const QuantizedLayout& layout, const uint8_t* weight, int count, 
         for (int i = 0; i < kColumns; ++i) totals[r * kColumns + i] = static_cast<int32_t>(offset);
     }
     const Cursor at = Cursor::at(layout, weight, 0);
-    multiply(Stream{at.codes, ahead}, count, layout.shape.column_blocks(), codes, totals);
+    const Stream stream = {at.codes, {ahead, is_fetched_twice(count) ? kNearBytes : 0}};
+    multiply(stream, count, layout.shape.column_blocks(), codes, totals);
     for (int i = 0; i < kColumns; i += kIntColumns) {
         alignas(64) float scales[kLanes];
         store(scales, load_as(at.header, layout.encoding.scale_type, i / kLanes * kLanes));
