@@ -16,6 +16,9 @@ constexpr int64_t kChunkBytesPerTile = 32 << 10;
 constexpr int64_t kRowBytesPerGroup = 512 << 10;
 constexpr int64_t kMinTilesPerGroup = 8;
 
+// From this many tiles for each thread on, threads divide rows instead of weights.
+constexpr int kTilesOfOwn = 8;
+
 // With fewer tiles than this, converting weights for each costs less than a panel. AVX2 converts a vector of bfloat16
 // in one instruction, on ports that products leave idle: that costs less however many tiles there are.
 template <class T>
@@ -23,6 +26,13 @@ template <class T>
 constexpr int kMinTilesPerPanel = kIsBFloat16<T> ? std::numeric_limits<int>::max() : 3;
 #else
 constexpr int kMinTilesPerPanel = 3;
+#endif
+
+// Blocks of k of 32 columns that fewer tiles pass by at a time: they stay in the L1 cache.
+#if defined(__AVX512F__)
+constexpr int kBlocksOfFewTiles = 4;
+#else
+constexpr int kBlocksOfFewTiles = 8;
 #endif
 
 // How far ahead a long stream of weights is prefetched, on AMD's CPUs and on others.
@@ -107,43 +117,63 @@ void multiply_chunks(const OctavoLinear& op, const PackedShape& shape, const Row
 }
 
 // A tile of rows, and where its sums are.
+template <class T>
 struct TileSums {
     int begin;
     int count;
+    Left<T> left;
     float* sums;
 };
 
-// Adds the products of some tiles with blocks of k of 32 columns.
+// Adds the products of few tiles with blocks of k of 32 columns.
 //
 // While they are computed, the same amount of weights after these is prefetched: weights are one long stream.
 template <class T>
-void add_products(const Rows<T>& rows, const TileSums* tiles, int num_tiles, Right<T> right, int k, int blocks,
-                  float* buffer) {
+void add_products(const TileSums<T>* tiles, int num_tiles, Right<T> right, int k, int blocks) {
     right.data += k * right.block;
     const int64_t bytes = blocks * kBlockElements * static_cast<int64_t>(sizeof(T));
-    const uintptr_t next = address_of(right.data) + bytes;
-    if (num_tiles < kMinTilesPerPanel<T>) {
-        for (int i = 0; i < num_tiles; ++i) {
-            Left<T> left = rows.tile(tiles[i].begin, tiles[i].count);
-            left.data += k * left.block;
-            right.fetch = fetch_during(next, bytes, i, num_tiles);
-            add_dot(tiles[i].count, left, right, blocks, k == 0, tiles[i].sums);
-        }
-        return;
+    for (int i = 0; i < num_tiles; ++i) {
+        Left<T> left = tiles[i].left;
+        left.data += k * left.block;
+        right.fetch = fetch_during(address_of(right.data) + bytes, bytes, i, num_tiles);
+        add_dot(tiles[i].count, left, right, blocks, k == 0, tiles[i].sums);
     }
-    const int64_t fetches = fetches_of_panel(blocks);
-    const int64_t lines = num_tiles * kPanelsPerBlock * fetches;
-    Fetch fetch = {next, (bytes + lines - 1) / lines};
+}
+
+// A panel of weights, and where the next one begins.
+template <class T>
+struct PanelOfWeights {
+    Right<T> right;    // of its first block of columns
+    int width;         // blocks of columns
+    int64_t distance;  // from one to the next, in elements
+    int k;             // first block of k
+    int blocks;
+    const T* next;
+};
+
+// Adds the products of many tiles with a panel. While they are computed, the next one is prefetched likewise: half
+// of the tiles see to each of its blocks of columns.
+template <class T>
+void add_panel(const TileSums<T>* tiles, int num_tiles, int64_t sums_distance, const PanelOfWeights<T>& weights,
+               float* buffer) {
+    const int width = weights.width, k = weights.k;
+    Right<T> right = weights.right;
+    right.data += k * right.block;
+    const int64_t bytes = weights.blocks * kBlockElements * static_cast<int64_t>(sizeof(T));
+    const int64_t tiles_each = num_tiles / width;
+    const int64_t lines = tiles_each * kPanelsPerBlock * fetches_of_panel(tiles[0].count, width, weights.blocks);
+    const int64_t step = (bytes + lines - 1) / lines;
+    Fetch fetch = {address_of(weights.next), step};
     for (int part = 0; part < kPanelsPerBlock; ++part) {
-        const Panel panel = make_panel(right, blocks, part, buffer);
+        const Panel panel = make_panel(right, width, weights.distance, weights.blocks, part, buffer);
         for (int i = 0; i < num_tiles; ++i) {
-            const Left<T> left = rows.tile(tiles[i].begin, tiles[i].count);
-            const TileSums& after = tiles[i + 1 < num_tiles ? i + 1 : 0];
-            const Left<T> next = rows.tile(after.begin, after.count);
-            dot_panel(tiles[i].count, {left.data + k * left.block, left.row, left.block}, panel, blocks, k == 0, fetch,
-                      {next.data + k * next.block, next.row, after.sums + part * kPanelColumns},
-                      tiles[i].sums + part * kPanelColumns);
-            fetch.first += fetch.step * fetches;
+            const TileSums<T>& tile = tiles[i];
+            const TileSums<T>& after = tiles[i + 1 < num_tiles ? i + 1 : 0];
+            if (width > 1 && i == tiles_each) fetch.first = address_of(weights.next + weights.distance);
+            dot_panel(tile.count, width, {tile.left.data + k * tile.left.block, tile.left.row, tile.left.block}, panel,
+                      weights.blocks, k == 0, fetch,
+                      {after.left.data + k * after.left.block, after.left.row, after.sums + part * kPanelColumns},
+                      {tile.sums + part * kPanelColumns, sums_distance});
         }
     }
 }
@@ -157,8 +187,9 @@ public:
         const int64_t tile_bytes = kRows<T> * rows.padded * static_cast<int64_t>(sizeof(float));
         group_ = static_cast<int>(std::max(kMinTilesPerGroup, kRowBytesPerGroup / tile_bytes));
         buffer_ = scratch.take<float>(kPanelElements);
-        sums_ = scratch.take<float>(static_cast<size_t>(group_) * kRows<T> * kColumns);
-        tiles_ = scratch.take<TileSums>(group_);
+        sums_distance_ = static_cast<int64_t>(group_) * kRows<T> * kColumns;
+        sums_ = scratch.take<float>(static_cast<size_t>(kPanelWidth * sums_distance_));
+        tiles_ = scratch.take<TileSums<T>>(group_);
     }
 
     // Most tiles at a time.
@@ -169,30 +200,55 @@ public:
         const int first_row = rows_.tiles.begin(first);
         for (int i = 0; i < count; ++i) {
             const int begin = rows_.tiles.begin(first + i);
-            tiles_[i] = {begin, rows_.tiles.begin(first + i + 1) - begin, sums_ + (begin - first_row) * kColumns};
+            const int count = rows_.tiles.begin(first + i + 1) - begin;
+            tiles_[i] = {begin, count, rows_.tile(begin, count), sums_ + (begin - first_row) * kColumns};
         }
     }
 
-    // Products of the chosen tiles with a block of 32 columns.
-    void multiply(int block) const {
-        const int column_blocks = shape_.column_blocks();
-        const Right<T> right = packed_block(weight_, shape_, block, {});
-        for (int k = 0; k < column_blocks; k += kPanelBlocks)
-            add_products(rows_, tiles_, count_, right, k, std::min(kPanelBlocks, column_blocks - k), buffer_);
-        for (int i = 0; i < count_; ++i)
-            finish<T>(op_, Columns::of(shape_, block), tiles_[i].begin, tiles_[i].count, tiles_[i].sums);
+    // Products of the chosen tiles with blocks of 32 columns.
+    void multiply(const Range& blocks) const {
+        const int most = count_ < kMinTilesPerPanel<T> ? 1 : kPanelWidth;
+        for (int block = blocks.begin; block < blocks.end; block += most) {
+            const int width = std::min(most, blocks.end - block);
+            const Right<T> right = packed_block(weight_, shape_, block, {});
+            if (count_ < kMinTilesPerPanel<T>)
+                add_few(right);
+            else
+                add_many(right, width);
+            for (int i = 0; i < count_; ++i)
+                for (int w = 0; w < width; ++w)
+                    finish<T>(op_, Columns::of(shape_, block + w), tiles_[i].begin, tiles_[i].count,
+                              tiles_[i].sums + w * sums_distance_);
+        }
     }
 
 private:
+    void add_few(const Right<T>& right) const {
+        const int all = shape_.column_blocks();
+        for (int k = 0; k < all; k += kBlocksOfFewTiles)
+            add_products(tiles_, count_, right, k, std::min(kBlocksOfFewTiles, all - k));
+    }
+
+    void add_many(const Right<T>& right, int width) const {
+        const int all = shape_.column_blocks();
+        const int64_t distance = shape_.block_stride();
+        for (int k = 0; k < all; k += kPanelBlocks) {
+            const int end = std::min(k + kPanelBlocks, all);
+            const T* next = right.data + (end < all ? end * right.block : width * distance);
+            add_panel<T>(tiles_, count_, sums_distance_, {right, width, distance, k, end - k, next}, buffer_);
+        }
+    }
+
     const OctavoLinear& op_;
     const Rows<T>& rows_;
     const PackedShape shape_;
     const T* weight_;
     int group_;
+    int64_t sums_distance_;  // from one block of columns to the next
     int count_ = 0;
     float* buffer_;
     float* sums_;
-    TileSums* tiles_;
+    TileSums<T>* tiles_;
 };
 
 template <class T>
@@ -201,9 +257,46 @@ void multiply_panels(const OctavoLinear& op, const PackedShape& shape, const Row
     Panels<T> panels(op, rows, team.scratch);
     for (int first = grid.tiles.begin; first < grid.tiles.end; first += panels.group()) {
         panels.choose_tiles(first, std::min(panels.group(), grid.tiles.end - first));
-        const auto multiply = [&](int block, int) { panels.multiply(block); };
-        team.each(shape.row_blocks(), grid.parts, multiply, first + panels.group() < grid.tiles.end);
+        const auto multiply = [&](const Range& blocks, int) { panels.multiply(blocks); };
+        const bool only_own = first + panels.group() < grid.tiles.end;
+        team.each_run(shape.row_blocks(), grid.parts, kPanelWidth, multiply, only_own, kPanelWidth);
     }
+}
+
+// Whether each thread has enough rows for itself.
+inline bool divides_rows(const Tiles& tiles, int threads) { return tiles.count >= kTilesOfOwn * threads; }
+
+// Divides the rows into groups that stay in a thread's L2 cache, and stages one right before its products: rows that
+// threads stage for each other would come from another core's cache, and large ones from memory. A thread takes pairs
+// of blocks of its own groups in turn, and its neighbours' last ones.
+template <class T>
+void multiply_groups(const OctavoLinear& op, const OctavoStep& step, const PackedShape& shape, const Tiles& tiles,
+                     const Team& team) {
+    const int64_t padded = static_cast<int64_t>(shape.column_blocks()) * kBlock;
+    const bool in_place = reads_in_place<T>(op, tiles.rows);
+    Rows<T> rows = {tiles, static_cast<const LeftOf<T>*>(op.x.data), in_place ? op.x.stride : 0, padded};
+    Panels<T> panels(op, rows, team.scratch);
+    const int groups = blocks_of(blocks_of(tiles.count, team.size), panels.group()) * team.size;
+    const int64_t most_rows = static_cast<int64_t>(blocks_of(tiles.count, groups)) * kRows<T>;
+    T* normed = op.norm ? team.scratch.take<T>(padded) : nullptr;
+    LeftOf<T>* staged = in_place ? nullptr : team.scratch.take<LeftOf<T>>(most_rows * padded);
+    const int turns = blocks_of(shape.row_blocks(), kPanelWidth);
+    int chosen = -1;
+    team.each(groups * turns, team.size, [&](int item, int) {
+        const int group = item / turns, block = item % turns * kPanelWidth;
+        if (group != chosen) {
+            chosen = group;
+            const Range mine = share(tiles.count, group, groups);
+            const int first_row = tiles.begin(mine.begin);
+            for (int tile = mine.begin; tile < mine.end && !in_place; ++tile) {
+                const int begin = tiles.begin(tile);
+                stage<T>(op, step, begin, tiles.size(tile), normed, staged + (begin - first_row) * padded);
+            }
+            if (!in_place) rows.data = staged - first_row * padded;
+            panels.choose_tiles(mine.begin, mine.end - mine.begin);
+        }
+        panels.multiply({block, std::min(block + kPanelWidth, shape.row_blocks())});
+    });
 }
 
 template <class T>
@@ -219,7 +312,7 @@ void multiply_plain_part(const OctavoLinear& op, int num_rows, const LeftOf<T>* 
             Panels<T> panels(op, rows, team.scratch);
             for (int first = 0; first < count; first += panels.group()) {
                 panels.choose_tiles(first, std::min(panels.group(), count - first));
-                for (int block = blocks.begin; block < blocks.end; ++block) panels.multiply(block);
+                panels.multiply(blocks);
             }
             team.scratch.release(mark);
             return;
@@ -235,6 +328,9 @@ void linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
     if (num_rows == 0) return;
     const PackedShape shape(op.weight);
     const Tiles tiles = Tiles::of(num_rows, kRows<T>);
+    if constexpr (kMultipliesFloat<T>) {
+        if (divides_rows(tiles, team.size)) return multiply_groups<T>(op, step, shape, tiles, team);
+    }
     const Grid grid = divide(tiles.count, shape.row_blocks(), team.index, team.size);
     const Rows<T> rows = rows_of_x<T>(op, step, team, tiles);
     if constexpr (kMultipliesFloat<T>) {

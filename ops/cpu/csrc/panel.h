@@ -10,27 +10,35 @@
 
 namespace octavo {
 
-// A panel has 16 KiB: half an L1 cache, beside the rows that pass by.
+// A panel has 16 KiB: at most half an L1 cache, beside the rows that pass by.
 #if defined(__AVX512F__)
-constexpr int kPanelColumns = 32;
-constexpr int kPanelBlocks = 4;  // of k
+constexpr int kPanelColumns = 32;  // of a block
+constexpr int kPanelWidth = 2;     // blocks of columns
+constexpr int kPanelBlocks = 2;    // of k
 #else
 constexpr int kPanelColumns = 16;
+constexpr int kPanelWidth = 1;
 constexpr int kPanelBlocks = 8;
 #endif
-constexpr int kPanelElements = kPanelColumns * kPanelBlocks * kBlock;
+constexpr int kPanelElements = kPanelWidth * kPanelColumns * kPanelBlocks * kBlock;
 constexpr int kPanelsPerBlock = kColumns / kPanelColumns;
 
 // The right factor of `dot_panel`: float32, a row of columns for each k.
 struct Panel {
-    const float* data;
-    int64_t step;  // from one k to the next
+    const float* data[kPanelWidth];  // of each block of columns
+    int64_t step;                    // from one k to the next
 };
 
-// Panel number `part` of kPanelsPerBlock. `buffer`: kPanelElements numbers, which the panel uses if it must be
-// converted.
+// Panel number `part` of kPanelsPerBlock, of `width` <= kPanelWidth blocks of columns that lie `distance` elements
+// apart. `buffer`: kPanelElements numbers, which the panel uses if it must be converted.
 template <class T>
-Panel make_panel(const Right<T>& right, int blocks, int part, float* buffer);
+Panel make_panel(const Right<T>& right, int width, int64_t distance, int blocks, int part, float* buffer);
+
+// Sums of a tile and some blocks of columns.
+struct PanelSums {
+    float* data;       // rows lie kColumns apart
+    int64_t distance;  // from one block of columns to the next
+};
 
 // What the next call of `dot_panel` reads beside its panel: brought into the L1 cache at the end of this one.
 struct NextTile {
@@ -39,12 +47,12 @@ struct NextTile {
     const float* sums;
 };
 
-// sums[r][0..kPanelColumns] += left[r] * panel, or = if `first`. The rows of sums lie kColumns apart. 1 <= rows <=
-// kRows<float>. The rows of `left` lie in blocks of k as in `dot`.
-void dot_panel(int rows, const Left<float>& left, const Panel& panel, int blocks, bool first, Fetch fetch,
-               const NextTile& next, float* sums);
+// sums[r][0..kPanelColumns] += left[r] * panel, or = if `first`, for each of the panel's `width` blocks of columns.
+// 1 <= rows <= kRows<float>. The rows of `left` lie in blocks of k as in `dot`. `fetch` is left at what follows.
+void dot_panel(int rows, int width, const Left<float>& left, const Panel& panel, int blocks, bool first, Fetch& fetch,
+               const NextTile& next, const PanelSums& sums);
 
 // Cache lines that one call of `dot_panel` prefetches.
-constexpr int fetches_of_panel(int blocks) { return blocks * kBlock / 2; }
+int fetches_of_panel(int rows, int width, int blocks);
 
 }  // namespace octavo

@@ -42,11 +42,11 @@ struct Range {
 // Which items of a thread's share have been taken: some from its beginning, some from its end.
 class alignas(kCacheLine) Taken {
 public:
-    // The next of `count` items: up to `most`, but less than a quarter of those that are left, since others take over
-    // single ones at the end. None if all are taken.
-    Range from_begin(int count, int most) {
+    // The next of `count` items: up to `most`, but at most one of `parts` equal parts of those that are left, since
+    // others take over single ones at the end. None if all are taken.
+    Range from_begin(int count, int most, int parts) {
         uint64_t before = most > 1 ? ends_.load(std::memory_order_relaxed) : 0;
-        const int wanted = std::clamp((count - begin(before) - end(before)) / kParts, 1, most);
+        const int wanted = std::clamp((count - begin(before) - end(before)) / parts, 1, most);
         before = ends_.fetch_add(wanted, std::memory_order_relaxed);
         return {begin(before), std::min(begin(before) + wanted, count - end(before))};
     }
@@ -58,7 +58,6 @@ public:
     void restart() { ends_.store(0, std::memory_order_relaxed); }
 
 private:
-    static constexpr int kParts = 4;
     static constexpr uint64_t kOneFromEnd = uint64_t{1} << 32;
     static int begin(uint64_t ends) { return static_cast<int>(ends % kOneFromEnd); }
     static int end(uint64_t ends) { return static_cast<int>(ends / kOneFromEnd); }
@@ -203,16 +202,17 @@ struct Team {
         each_run(n, parts, 1, take, only_own);
     }
 
-    // The same for up to `most` items at a time: calls `function(items, end)`.
+    // The same for up to `most` items at a time, fewer once less than `turns` times as many are left of the share:
+    // calls `function(items, end)`.
     template <class F>
-    void each_run(int n, int parts, int most, F function, bool only_own = false) const {
+    void each_run(int n, int parts, int most, F function, bool only_own = false, int turns = 4) const {
         const int part = index % parts, first = index - part;
         const Range own = octavo::share(n, part, parts);
         if (only_own) return function(own, own.end);
         const int count = own.end - own.begin;
         Taken& taken = shared.share_of(index);
         while (true) {
-            const Range items = taken.from_begin(count, most);
+            const Range items = taken.from_begin(count, most, turns);
             if (items.begin >= items.end) break;
             function(Range{own.begin + items.begin, own.begin + items.end}, own.end);
         }
