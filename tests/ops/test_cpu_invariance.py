@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import ops
+from executor.graphs import Program
 from ops import AttentionShape
 from ops.cpu import build
+from ops.dispatch import Spec
 from tests.ops.cpu import DTYPES, NAMES, Requests, randn, threads, use
 
 pytestmark = pytest.mark.parametrize("capability", NAMES)
@@ -52,6 +55,31 @@ def test_rows_of_a_product(capability: str, dtype: torch.dtype, out_features: in
                     assert same_bits(torch.cat([ops.logits(chunk, layer) for chunk in chunks]), logits)
                 wide = torch.cat([x, x], dim=1)[:, in_features:]
                 assert same_bits(ops.linear(wide, layer, bias), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fused", [False, True])
+def test_many_rows_of_a_product(capability: str, dtype: torch.dtype, fused: bool) -> None:
+    """So many rows that threads divide them, into groups; an odd number of blocks; alone and with what fuses."""
+    rows, hidden, inner = 410, 1056, 96
+    weight = randn(2 * inner if fused else inner, hidden, dtype=dtype)
+    norm, x = randn(hidden, seed=1, dtype=dtype), randn(rows, hidden, seed=2, dtype=dtype)
+    with use(capability):
+        layer = ops.pack_linear(weight, paired=fused)
+        program = Program("cpu", max_tokens=rows)
+        recorded: Any = program.input("x", Spec("tokens", hidden, dtype))
+        if fused:
+            recorded = ops.rms_norm(recorded, norm, 1e-5)
+        result = ops.linear(recorded, layer)
+        program.finish(ops.act_and_mul(result, "silu") if fused else result)
+        assert program.python_ops == 0
+        with threads(1):
+            expected = torch.cat([program.replay({"x": part})[0].clone() for part in x.split(5)])
+        for count in (1, 2, 3):
+            with threads(count):
+                for part in (rows, 300):
+                    parts = [program.replay({"x": chunk})[0].clone() for chunk in x.split(part)]
+                    assert same_bits(torch.cat(parts), expected)
 
 
 @pytest.mark.parametrize("in_features", [45, 320])
