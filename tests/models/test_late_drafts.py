@@ -260,7 +260,7 @@ def test_rows_that_depend_on_tokens_wait_for_them_and_others_go_on(
             else:
                 engine.add(index, prompt, params)
         for index in range(2, 4):
-            engine.add(index, random_tokens(20, index), ResolvedParams(temperature=0.0, max_tokens=150))
+            engine.add(index, random_tokens(20, index), ResolvedParams(temperature=0.0, max_tokens=100))
         engine.run()
         return engine.outputs
 
