@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from engine_core.in_flight import InFlight
-from executor.messages import ModelRunnerOutput
+from executor.messages import I64, ModelRunnerOutput
 
 PATIENCE = 8
 """Results without drafts after which plans allow none until the workers have some again."""
@@ -51,8 +53,21 @@ class DraftAllowance:
         return min(int(self._current), max(LEAST, round(2 * self._mean)))
 
     def of(self, num_steps: int) -> int:
-        """The most drafts in a row and step of a plan of this many steps."""
+        """The most drafts in a row and step of a plan of this many steps, if the row is close to its limit."""
         return int(self._most if num_steps == 1 else self._current)
+
+    def in_rows(self, num_steps: int, room: I64) -> I64:
+        """The most drafts in each row and step of a plan.
+
+        Args:
+            num_steps: Steps of the plan.
+            room: int64 [rows]: tokens before each row's limit, by step. Where the next plan has room for as many
+                drafts again, nothing is gained by allowing few.
+
+        Returns:
+            int64 [rows].
+        """
+        return np.maximum(self.of(num_steps), np.minimum(int(self._most), room // 2))
 
     def restart(self) -> None:
         """Registers that a request starts, of which nothing is known."""
@@ -66,6 +81,7 @@ class DraftAllowance:
         if allowed:
             used = max(result.num_verified, default=0)
             kept = self._current if used >= allowed else KEPT * self._current
-            self._current = min(self._most, max(LEAST, 2 * used, kept))
+            wanted = max(result.num_draft_tokens, default=0)
+            self._current = min(self._most, max(LEAST, 2 * used, wanted, kept))
             mean = sum(result.num_verified) / max(1, len(step.slots) * step.num_steps)
             self._mean += MEAN_RATE * (mean - self._mean)

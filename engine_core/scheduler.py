@@ -351,8 +351,9 @@ class Scheduler:
         planned, scheduled, max_tokens = table.num_planned[slots], table.num_scheduled[slots], table.max_tokens[slots]
         goes_on = (planned > table.num_prompt[slots]) & (scheduled - planned == num_steps - 1)
         share = max(1, budget // max(1, int(np.count_nonzero(goes_on))))
-        most = min(self._allowance.of(num_steps), share)
-        allowances = np.maximum(np.minimum(most, (max_tokens - planned) // num_steps - 1), 0) * goes_on
+        room = (max_tokens - planned) // num_steps - 1
+        most = np.minimum(self._allowance.in_rows(num_steps, room), share)
+        allowances = np.maximum(np.minimum(most, room), 0) * goes_on
         left = budget - (allowances.cumsum() - allowances)
         drafts: I64 = np.maximum(np.minimum(left, allowances), 0)
         ends = self._with_lookahead(slots, scheduled + drafts * num_steps)

@@ -323,6 +323,12 @@ def test_plans_allow_as_many_drafts_as_rows_need() -> None:
     assert [note(0, 2), note(4, 1), note(8, 8), note(7, 0), note(7, 7)] == [4, 8, 16, 14, 14]
     allowance.note(a_plan(1, num_steps=2), ModelRunnerOutput(2))
     assert allowance.of(2) == 14, "a plan that allowed none says nothing"
+    step = a_plan(1, num_steps=2)
+    step.allowances = np.array([28])
+    allowance.note(step, ModelRunnerOutput(2, num_verified=bytes(2), num_draft_tokens=bytes([13])))
+    assert allowance.of(2) == 13, "the worker has found more than it was allowed to verify"
+    allowance.note(step, ModelRunnerOutput(2, num_verified=bytes(2), num_draft_tokens=bytes([14])))
+    assert allowance.in_rows(2, np.array([0, 28, 30, 32, 100])).tolist() == [14, 14, 15, 16, 16]
     for _ in range(8):
         note()
     assert not allowance.is_expected
