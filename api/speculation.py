@@ -235,7 +235,7 @@ def _head(method: str, given: Mapping[str, Any], head: ModelConfig | None) -> Sp
 def _suffix(given: Mapping[str, Any]) -> SpeculativeConfig:
     return SpeculativeConfig(
         method="suffix",
-        num_speculative_tokens=given.get("num_speculative_tokens", 16),
+        num_speculative_tokens=given.get("num_speculative_tokens", 32),
         prompt_lookup_max=given.get("suffix_decoding_max_tree_depth", 24),
         max_cached_requests=given.get("suffix_decoding_max_cached_requests", 10_000),
         max_spec_factor=float(given.get("suffix_decoding_max_spec_factor", 2.0)),
