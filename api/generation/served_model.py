@@ -29,7 +29,7 @@ from api.media.fetch import MediaAccess
 from api.media.model_images import MAX_IMAGES, ModelImages
 from api.model.chat_template import ChatTemplate
 from api.model.files import ModelFiles
-from api.model.late_interaction import LatePrompt, Side, max_sim
+from api.model.late_interaction import LatePrompt, Side
 from api.model.pooler import merge_pooler
 from api.model.similarity import SIMILARITIES, Similarity
 from api.model.tokenizer import Tokenizer
@@ -220,7 +220,8 @@ class ServedModel:
     @property
     def similarity(self) -> Similarity:
         """How two texts are compared: by their vectors, or those of their tokens."""
-        return SIMILARITIES[self.sentences.similarity] if self.sentences.late is None else max_sim
+        late = self.sentences.late
+        return SIMILARITIES[self.sentences.similarity] if late is None else late.score
 
     @property
     def usual_task(self) -> PoolingTask:

@@ -1,7 +1,8 @@
 """Late interaction (ColBERT, Khattab and Zaharia, arXiv:2004.12832): a text has a vector for each of its tokens, and a
 document's score is the sum, over the query's vectors, of their largest product with one of its own.
 
-What is read: PyLate's fields of ``config_sentence_transformers.json``, or ``artifact.metadata`` of the authors' code.
+What is read: what sentence-transformers saves of a ``MultiVectorEncoder``, PyLate's fields of
+``config_sentence_transformers.json``, or ``artifact.metadata`` of the authors' code.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class LateInteraction:
     """How texts become prompts, and which of their tokens have vectors."""
 
     query_prefix: str = "[Q] "
-    """A token that follows the first one of a query."""
+    """A token that follows the first one of a query, or what its text begins with."""
     document_prefix: str = "[D] "
     query_length: int = QUERY_LENGTH
     """Tokens of a query; longer ones are truncated."""
@@ -41,6 +42,17 @@ class LateInteraction:
     """Whether other tokens attend to these."""
     skipped_words: tuple[str, ...] = PUNCTUATION
     """Tokens of documents without vectors."""
+    prefixes_are_text: bool = False
+    expanded_length: int = 0
+    """Tokens of a query that is filled up; 0: ``query_length``."""
+    expansion_token: str | None = None
+    """What it is filled up with; None: the mask token, or else the one that ends texts."""
+    skips_in_queries: bool = False
+    skips_in_documents: bool = True
+    kept_ids: tuple[int, ...] = ()
+    """Tokens of documents that alone have vectors; empty: all do."""
+    is_mean: bool = False
+    """Whether a score is divided by the number of the query's vectors."""
 
     def query(self, tokenizer: Tokenizer, text: str, max_tokens: int = 0, side: Side = "right") -> LatePrompt:
         """The prompt of a query.
@@ -56,23 +68,41 @@ class LateInteraction:
         """
         length = max_tokens or self.query_length
         ids = self._encode(tokenizer, text, self.query_prefix, length, side)
-        count, mask = len(ids), tokenizer.special_tokens_map.get("mask_token")
-        mask_id = None if mask is None else tokenizer.token_to_id(mask)
-        added = min(length, self.query_length) - count
-        if not self.expands_queries or mask_id is None or added <= 0:
-            return LatePrompt(ids, 0, None)
-        return LatePrompt([*ids, *[mask_id] * added], 0 if self.attends_to_expansion else count, None)
+        count, filler = len(ids), self._filler(tokenizer)
+        added = min(length, self.expanded_length or self.query_length) - count
+        if not self.expands_queries or filler is None or added <= 0:
+            return LatePrompt(ids, 0, self._counted(tokenizer, ids) if self.skips_in_queries else None)
+        ids += [filler] * added
+        kept = self._counted(tokenizer, ids) if self.skips_in_queries else None
+        return LatePrompt(ids, 0 if self.attends_to_expansion else count, kept)
 
     def document(self, tokenizer: Tokenizer, text: str, max_tokens: int = 0, side: Side = "right") -> LatePrompt:
         """The prompt of a document. See ``query``."""
         ids = self._encode(tokenizer, text, self.document_prefix, max_tokens or self.document_length, side)
+        kept = self._counted(tokenizer, ids) if self.skips_in_documents else list(range(len(ids)))
+        return LatePrompt(ids, 0, [place for place in kept if not self.kept_ids or ids[place] in self.kept_ids])
+
+    def score(self, query: F32, document: F32) -> float:
+        """``max_sim``, or its mean. See there."""
+        return max_sim(query, document) / (max(1, len(query)) if self.is_mean else 1)
+
+    def _filler(self, tokenizer: Tokenizer) -> int | None:
+        names = [self.expansion_token] if self.expansion_token else ["mask_token", "eos_token"]
+        tokens = names if self.expansion_token else [tokenizer.special_tokens_map.get(str(name)) for name in names]
+        ids = [tokenizer.token_to_id(token) for token in tokens if token is not None]
+        return next((found for found in ids if found is not None), None)
+
+    def _counted(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+        """Places of the tokens that are not skipped."""
         skipped = {tokenizer.token_to_id(word) for word in self.skipped_words}
-        kept = [place for place, token in enumerate(ids) if token not in skipped]
-        return LatePrompt(ids, 0, kept)
+        return [place for place, token in enumerate(ids) if token not in skipped]
 
     def _encode(self, tokenizer: Tokenizer, text: str, prefix: str, length: int, side: Side) -> list[int]:
-        ids = tokenizer.encode(text)
         around = tokenizer.added_around(True)
+        if self.prefixes_are_text:
+            ids = tokenizer.encode(prefix + text)
+            return [ids[place] for place in kept_tokens(len(ids), max(1, length), side, around)]
+        ids = tokenizer.encode(text)
         prefix_id = tokenizer.token_to_id(prefix)
         own = tokenizer.encode(prefix, False) if prefix_id is None else [prefix_id]
         ids = [ids[place] for place in kept_tokens(len(ids), max(1, length - len(own)), side, around)]
@@ -151,3 +181,61 @@ def _words(words: Any) -> tuple[str, ...]:
     if not all(isinstance(word, str) for word in words):
         raise ValueError("skiplist_words must be texts")
     return tuple(words)
+
+
+TASKS = ("query", "document")
+DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+"""Names of a document's prompt, the first that exists counts."""
+STRATEGIES = ("fixed", "min")
+MEAN_MAX_SIM = "meanmaxsim"
+
+
+def from_multi_vector(
+    transformer: Mapping[str, Any], mask: Mapping[str, Any], settings: Mapping[str, Any]
+) -> LateInteraction:
+    """Reads what sentence-transformers saves of a ``MultiVectorEncoder``. Raises the same error.
+
+    Args:
+        transformer: Settings of the transformer, such as ``sentence_bert_config.json``.
+        mask: Those of the module that says which tokens count.
+        settings: ``config_sentence_transformers.json``.
+    """
+    prompts = settings.get("prompts") or {}
+    default = prompts.get(settings.get("default_prompt_name")) or ""
+    lengths = {name: transformer.get(name) or MAX_LENGTH for name in LENGTHS}
+    values: dict[str, Any] = dict(lengths)
+    expansion = transformer.get("query_expansion")
+    if expansion is not None:
+        if not isinstance(expansion, Mapping) or expansion.get("strategy") not in STRATEGIES:
+            raise ValueError(f"query_expansion must have a strategy: {' or '.join(STRATEGIES)}")
+        length = expansion.get("length")
+        token, attends = expansion.get("token"), expansion.get("attend", False)
+        if not isinstance(token, str | None) or type(attends) is not bool:
+            raise ValueError("query_expansion must have a text as its token, and attend is true or false")
+        if type(length) is not int or not 3 <= length <= MAX_LENGTH:
+            raise ValueError("query_expansion must have a number of tokens as its length")
+        is_fixed = expansion["strategy"] == "fixed"
+        values["query_length"] = length if is_fixed else lengths["query_length"]
+        values |= {"expanded_length": length, "expansion_token": token, "attends_to_expansion": attends}
+    for name in LENGTHS:
+        if type(values[name]) is not int or not 3 <= values[name] <= MAX_LENGTH:
+            raise ValueError(f"{name} must be a number of tokens")
+    tasks, ids = mask.get("skiplist_tasks") or ["document"], mask.get("keep_only_token_ids") or []
+    tasks = [tasks] if isinstance(tasks, str) else tasks
+    if not isinstance(tasks, list) or not all(task in TASKS for task in tasks):
+        raise ValueError(f"skiplist_tasks must be some of {', '.join(TASKS)}")
+    if not isinstance(ids, list) or len(ids) > MAX_WORDS or not all(type(each) is int for each in ids):
+        raise ValueError(f"keep_only_token_ids must be at most {MAX_WORDS} token ids")
+    document = next((prompts[name] for name in DOCUMENT_PROMPTS if name in prompts), default)
+    return LateInteraction(
+        query_prefix=prompts.get("query", default) or "",
+        document_prefix=document or "",
+        prefixes_are_text=True,
+        expands_queries=expansion is not None,
+        skipped_words=_words(mask.get("skiplist_words") or []),
+        skips_in_queries="query" in tasks,
+        skips_in_documents="document" in tasks,
+        kept_ids=tuple(ids),
+        is_mean=settings.get("similarity_fn_name") == MEAN_MAX_SIM,
+        **values,
+    )

@@ -1,8 +1,8 @@
 """Reads what a model's files say about its vectors: sentence-transformers' modules, or a key of a GGUF file.
 
 Understood are a transformer, then one pooling, then optionally dense layers, LayerNorm and normalisation; for late
-interaction, a transformer and PyLate's dense layers. Anything else is ignored as a whole, with a note that names the
-file.
+interaction, a transformer and PyLate's dense layers, or the modules of a ``MultiVectorEncoder``. Anything else is
+ignored as a whole, with a note that names the file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from api.config import PoolerConfig
 from api.model.gguf_file import GGUFFile
-from api.model.late_interaction import LateInteraction, from_metadata, from_pylate
+from api.model.late_interaction import LateInteraction, from_metadata, from_multi_vector, from_pylate
 from api.model.similarity import SIMILARITIES
 from engine_core.launch import read_json, why
 
@@ -35,6 +35,7 @@ SPARSE, MULTI_VECTOR = "sparse_linear.pt", "colbert_linear.pt"
 """BGE-M3's layers that weigh tokens, and that make vectors of them."""
 MAX_DOCUMENT, MAX_TOKENIZER = 1 << 20, 1 << 24
 MAX_PROMPTS, MAX_PROMPT_CHARS = 256, 1 << 14
+MASK = "MultiVectorMask"
 LAYERS = {"Dense", "LayerNorm"}
 """Modules that may follow pooling."""
 MAX_DENSE = 8
@@ -270,6 +271,8 @@ def _from_modules(folder: Path) -> tuple[PoolerConfig, SentenceConfig]:
     if kinds[:1] == ["Transformer"] and set(kinds[1:]) == {"Dense"} and len(kinds) <= 1 + MAX_DENSE:
         names = _folders(folder, modules[1:])
         return PoolerConfig(), SentenceConfig(dense=tuple(names), late=LateInteraction())
+    if kinds[:1] == ["Transformer"] and kinds.count(MASK) == 1:
+        return _from_multi_vector(folder, modules[1:], kinds[1:])
     normalizes = kinds[-1:] == ["Normalize"]
     dense = kinds[2 : len(kinds) - normalizes]
     if kinds[:2] != ["Transformer", "Pooling"] or set(dense) - LAYERS or len(dense) > MAX_DENSE:
@@ -283,6 +286,34 @@ def _from_modules(folder: Path) -> tuple[PoolerConfig, SentenceConfig]:
         raise _UnclearError(f"{name} is not a JSON object")
     config = PoolerConfig(pooling_type=_pooling_type(fields, name), use_activation=normalizes)
     return config, SentenceConfig(dense=tuple(names[1:]), pools_prompts=fields.get("include_prompt") is not False)
+
+
+def _from_multi_vector(
+    folder: Path, modules: list[dict[str, Any]], kinds: list[str]
+) -> tuple[PoolerConfig, SentenceConfig]:
+    """What sentence-transformers saves of a ``MultiVectorEncoder``: layers for tokens, the module that says which of
+    them count, and normalisation, in any order in which the latter follows the layers."""
+    dense = [module for module, kind in zip(modules, kinds, strict=True) if kind == "Dense"]
+    layers = [kind for kind in kinds if kind != MASK]
+    normalizes = layers[-1:] == ["Normalize"]
+    if layers != ["Dense"] * len(dense) + ["Normalize"] * normalizes or len(dense) > MAX_DENSE:
+        raise _UnclearError(f"{MODULES} has the modules {', '.join(kind[:40] for kind in kinds[:8])} in this order")
+    names = _folders(folder, dense)
+    name = f"{_folders(folder, [modules[kinds.index(MASK)]], has_weights=False)[0]}/config.json"
+    mask = _read(folder, name)
+    found = [file for file in TRANSFORMERS if (folder / file).exists()][:1]
+    transformer = _read(folder, found[0]) if found else {}
+    settings = _read(folder, SETTINGS) if (folder / SETTINGS).exists() else {}
+    for file, fields in ((name, mask), (SETTINGS, settings), (found[0] if found else "", transformer)):
+        if not isinstance(fields, dict):
+            raise _UnclearError(f"{file} is not a JSON object")
+    if not isinstance(settings.get("prompts") or {}, dict):
+        raise _UnclearError(f"{SETTINGS}: prompts must be texts by name")
+    try:
+        late = from_multi_vector(transformer, mask, settings)
+    except ValueError as error:
+        raise _UnclearError(f"{MODULES}: {error}") from error
+    return PoolerConfig(use_activation=normalizes), SentenceConfig(dense=tuple(names), late=late)
 
 
 def _kind(module: Mapping[str, Any]) -> str:

@@ -12,7 +12,14 @@ from safetensors.numpy import load_file, save_file
 
 from api.config import ServerConfig
 from api.errors import ModelFileError
-from api.model.late_interaction import LateInteraction, from_metadata, from_pylate, max_sim
+from api.model.late_interaction import (
+    MAX_LENGTH,
+    LateInteraction,
+    from_metadata,
+    from_multi_vector,
+    from_pylate,
+    max_sim,
+)
 from api.model.pooler import SentenceConfig, find_pooler
 from api.model.task_adapters import task_adapters
 from api.params.pooling import without_special
@@ -71,10 +78,98 @@ def test_what_files_say(tmp_path: Path) -> None:
             from_pylate(bad)
 
 
+MULTI_VECTOR = ("Transformer", "Dense", "MultiVectorMask", "Normalize")
+
+
+def multi_vector(
+    folder: Path, kinds: tuple[str, ...], transformer: dict[str, Any], mask: dict[str, Any], settings: dict[str, Any]
+) -> Path:
+    """The folder of a ``MultiVectorEncoder``, as sentence-transformers 6 saves it."""
+    files = {
+        f"{kinds.index('MultiVectorMask')}_MultiVectorMask/config.json": mask,
+        "sentence_bert_config.json": transformer,
+    }
+    dense = {f"{i}_Dense/model.safetensors": "" for i, kind in enumerate(kinds) if kind == "Dense"}
+    return write(
+        folder, {"modules.json": modules(*kinds), "config_sentence_transformers.json": settings, **files, **dense}
+    )
+
+
+def test_what_files_of_a_multi_vector_encoder_say(tmp_path: Path) -> None:
+    prompts = {"query": "", "document": ""}
+    plain = find_pooler(multi_vector(tmp_path / "plain", MULTI_VECTOR, {}, {}, {"prompts": prompts}), None)
+    assert plain.sentences.dense == ("1_Dense",) and plain.config.use_activation is True and not plain.notes
+    assert plain.sentences.late == LateInteraction(
+        "", "", MAX_LENGTH, MAX_LENGTH, expands_queries=False, skipped_words=(), prefixes_are_text=True
+    )
+    expansion = {"strategy": "fixed", "attend": True, "token": None, "length": 24}
+    transformer = {"document_length": 14, "query_expansion": expansion}
+    mask = {"skiplist_words": ["!"], "skiplist_tasks": ["query", "document"], "keep_only_token_ids": [7]}
+    settings = {"prompts": {"query": "q: ", "passage": "p: "}, "similarity_fn_name": "meanmaxsim"}
+    kinds = ("Transformer", "Dense", "Dense", "MultiVectorMask")
+    found = find_pooler(multi_vector(tmp_path / "all", kinds, transformer, mask, settings), None)
+    assert found.sentences.dense == ("1_Dense", "2_Dense") and found.config.use_activation is False
+    assert found.sentences.late == LateInteraction(
+        "q: ",
+        "p: ",
+        24,
+        14,
+        attends_to_expansion=True,
+        skipped_words=("!",),
+        prefixes_are_text=True,
+        expanded_length=24,
+        skips_in_queries=True,
+        kept_ids=(7,),
+        is_mean=True,
+    )
+    pooled = ("Transformer", "Dense", "MultiVectorMask", "HierarchicalTokenPooling")
+    assert (
+        "HierarchicalTokenPooling" in find_pooler(multi_vector(tmp_path / "pooled", pooled, {}, {}, {}), None).notes[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("transformer", "mask"),
+    [
+        ({"query_length": 1}, {}),
+        ({"query_expansion": {"strategy": "other", "length": 8}}, {}),
+        ({"query_expansion": {"strategy": "fixed"}}, {}),
+        ({"query_expansion": {"strategy": "fixed", "length": 8, "token": 3}}, {}),
+        ({}, {"skiplist_tasks": ["other"]}),
+        ({}, {"skiplist_words": [1]}),
+        ({}, {"keep_only_token_ids": ["a"]}),
+    ],
+)
+def test_damaged_files_of_a_multi_vector_encoder(transformer: dict[str, Any], mask: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(transformer or mask))):
+        from_multi_vector(transformer, mask, {})
+
+
+def test_prompts_of_a_multi_vector_encoder() -> None:
+    own = tokenizer()
+    mask = own.token_to_id("[MASK]")
+    settings = {"prompts": {"query": "qq", "document": "dd"}}
+    fixed = from_multi_vector({"query_expansion": {"strategy": "fixed", "length": 8}}, {}, settings)
+    assert fixed.query(own, "ab") == ([BOS, *tokens_of("qqab"), EOS, mask, mask], 6, None)
+    assert fixed.query(own, "abcdefgh").token_ids == [BOS, *tokens_of("qqabcd"), EOS]
+    least = {"strategy": "min", "length": 8, "token": "d", "attend": True}
+    longer = from_multi_vector({"query_length": 9, "query_expansion": least}, {}, settings)
+    assert longer.query(own, "ab") == ([BOS, *tokens_of("qqab"), EOS, *tokens_of("dd")], 0, None)
+    assert longer.query(own, "abcdefgh").token_ids == [BOS, *tokens_of("qqabcde"), EOS]
+    short = {"document_length": 6, "query_length": 5}
+    skipping = from_multi_vector(short, {"skiplist_words": ["!"], "skiplist_tasks": "query"}, settings)
+    assert skipping.query(own, "!b") == ([BOS, *tokens_of("qq!"), EOS], 0, [0, 1, 2, 4])
+    assert skipping.document(own, "!bc") == ([BOS, *tokens_of("dd!b"), EOS], 0, [0, 1, 2, 3, 4, 5])
+    keeping = from_multi_vector({}, {"skiplist_words": ["!"], "keep_only_token_ids": tokens_of("a!")}, settings)
+    assert keeping.document(own, "a!b").kept == [3]
+
+
 def test_max_sim() -> None:
     query, document = np.eye(3, dtype=np.float32)[:2], np.array([[0.5, 0, 0], [0, 2, 0], [-1, 1, 0]], np.float32)
     assert max_sim(query, document) == 2.5
     assert max_sim(query, document[:0]) == 0
+    assert LateInteraction().score(query, document) == 2.5
+    assert LateInteraction(is_mean=True).score(query, document) == 1.25
 
 
 async def test_scores_and_vectors() -> None:
