@@ -97,6 +97,12 @@ class MeanPooling:
         return slice(0, count)
 
     def take(self, rows: F32) -> None:
+        if self._sum is None and not self._is_weighted and rows.shape[1] > 1:
+            # Whole prompts, mostly. Where rows are contiguous, NumPy adds one after the other, as the loop below does:
+            # only numbers that are neighbours are summed in another order. Adding zero turns minus zero into zero.
+            self._sum = np.add.reduce(np.ascontiguousarray(rows), axis=0) + np.float32(0)
+            self._weights = len(rows)
+            return
         if self._sum is None:
             self._sum = np.zeros(rows.shape[1], np.float32)
         # Not rows.sum(), whose order would depend on the chunk size.
