@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
+import msgspec
 from tqdm import tqdm
 
 from api.config import ServerConfig, from_environment, make_config
@@ -471,6 +472,7 @@ class LLM:
         *,
         truncate_prompt_tokens: int | None = None,
         use_tqdm: bool = True,
+        pooling_params: PoolingParams | None = None,
         lora_request: LoRARequest | None = None,
     ) -> list[ScoringRequestOutput]:
         """Scores text pairs with a cross-encoder, or by late interaction; with other models, by the similarity of their
@@ -481,6 +483,7 @@ class LLM:
             data_2: The prompts to compare with.
             truncate_prompt_tokens: Truncate longer prompts to this many tokens.
             use_tqdm: Show a progress bar.
+            pooling_params: Parameters for all pairs, such as ``prompt_name``.
             lora_request: An adapter for all pairs.
 
         Returns:
@@ -490,11 +493,14 @@ class LLM:
             RequestError: The numbers of prompts do not match, or a prompt is invalid for the model.
             EngineDeadError: The engine died and is not restarted.
         """
+        params = pooling_params or PoolingParams()
+        if truncate_prompt_tokens is not None:
+            params = msgspec.structs.replace(params, truncate_prompt_tokens=truncate_prompt_tokens)
         return self._run(
             self._pooling.score(
                 inputs_of(data_1, lora_request),
                 inputs_of(data_2, lora_request),
-                PoolingParams(truncate_prompt_tokens=truncate_prompt_tokens),
+                params,
                 use_tqdm,
                 lora_request,
             )
@@ -508,6 +514,7 @@ class LLM:
         top_n: int | None = None,
         truncate_prompt_tokens: int | None = None,
         use_tqdm: bool = False,
+        pooling_params: PoolingParams | None = None,
         lora_request: LoRARequest | None = None,
     ) -> list[RerankOutput]:
         """Sorts documents by their scores for a query, best first.
@@ -516,7 +523,7 @@ class LLM:
             query: The query.
             documents: The documents.
             top_n: Return only this many.
-            truncate_prompt_tokens, lora_request: As for ``score``.
+            truncate_prompt_tokens, pooling_params, lora_request: As for ``score``.
             use_tqdm: Show a progress bar.
 
         Raises:
@@ -528,6 +535,7 @@ class LLM:
             list(documents),
             truncate_prompt_tokens=truncate_prompt_tokens,
             use_tqdm=use_tqdm,
+            pooling_params=pooling_params,
             lora_request=lora_request,
         )
         results = [RerankOutput(index, documents[index], item.outputs.score) for index, item in enumerate(scored)]

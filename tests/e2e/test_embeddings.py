@@ -152,10 +152,16 @@ def test_offline(tiny_model: Path) -> None:
         vectors = [np.array(output.outputs.embedding) for output in outputs]
         assert scores == pytest.approx([vectors[0] @ vector for vector in vectors], abs=1e-6)
         assert len(llm.score(TEXTS, TEXTS, use_tqdm=False)) == 3
+        short = [vector[:8] / np.linalg.norm(vector[:8]) for vector in vectors]
+        dimensions = PoolingParams(dimensions=8)
+        ranked = llm.rerank(TEXTS[0], TEXTS, pooling_params=dimensions)
+        by_index = [item.relevance_score for item in sorted(ranked, key=lambda item: item.index)]
+        assert by_index == pytest.approx([short[0] @ vector for vector in short], abs=1e-6)
         (cut,) = llm.embed(TEXTS[1], pooling_params=PoolingParams(truncate_prompt_tokens=3), use_tqdm=False)
         assert cut.prompt_token_ids == tokens[-3:]
         for bad in (
             lambda: llm.score(TEXTS[:2], TEXTS),
+            lambda: llm.score("a", "b", pooling_params=PoolingParams(prompt_name="other")),
             lambda: llm.embed("a", pooling_params=PoolingParams(dimensions=65)),
             lambda: llm.embed([1] * 513),
             lambda: llm.embed([[]]),
