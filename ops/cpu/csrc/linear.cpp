@@ -230,10 +230,10 @@ private:
     }
 
     void add_many(const Right<T>& right, int width) const {
-        const int all = shape_.column_blocks();
+        const int all = shape_.column_blocks(), each = panel_blocks();
         const int64_t distance = shape_.block_stride();
-        for (int k = 0; k < all; k += kPanelBlocks) {
-            const int end = std::min(k + kPanelBlocks, all);
+        for (int k = 0; k < all; k += each) {
+            const int end = std::min(k + each, all);
             const T* next = right.data + (end < all ? end * right.block : width * distance);
             add_panel<T>(tiles_, count_, sums_distance_, {right, width, distance, k, end - k, next}, buffer_);
         }

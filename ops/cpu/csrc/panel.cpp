@@ -2,6 +2,10 @@
 
 #include <utility>
 
+#if defined(__linux__)
+#include <unistd.h>
+#endif
+
 namespace octavo {
 
 namespace {
@@ -108,6 +112,15 @@ void dot_parts(int rows, const Left<float>& left, const Panel& panel, int blocks
 }
 
 }  // namespace
+
+int panel_blocks() {
+#if defined(__AVX512F__) && defined(_SC_LEVEL1_DCACHE_SIZE)
+    static const bool is_large = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= kLargeL1Bytes;
+    return is_large ? kPanelBlocks : kPanelBlocks / 2;
+#else
+    return kPanelBlocks;
+#endif
+}
 
 void dot_panel(int rows, int width, const Left<float>& left, const Panel& panel, int blocks, bool first, Fetch& fetch,
                const NextTile& next, const PanelSums& sums) {

@@ -10,18 +10,23 @@
 
 namespace octavo {
 
-// A panel has 16 KiB: at most half an L1 cache, beside the rows that pass by.
+// A panel has 16 KiB: at most half an L1 cache, beside the rows that pass by. With AVX-512 and a larger L1 cache it has
+// 32 KiB: twice the blocks of k, so that sums are read and written half as often.
 #if defined(__AVX512F__)
 constexpr int kPanelColumns = 32;  // of a block
 constexpr int kPanelWidth = 2;     // blocks of columns
-constexpr int kPanelBlocks = 2;    // of k
+constexpr int kPanelBlocks = 4;    // of k, at most
 #else
 constexpr int kPanelColumns = 16;
 constexpr int kPanelWidth = 1;
 constexpr int kPanelBlocks = 8;
 #endif
+constexpr int kLargeL1Bytes = 48 << 10;
 constexpr int kPanelElements = kPanelWidth * kPanelColumns * kPanelBlocks * kBlock;
 constexpr int kPanelsPerBlock = kColumns / kPanelColumns;
+
+// Blocks of k in a panel on this CPU.
+int panel_blocks();
 
 // The right factor of `dot_panel`: float32, a row of columns for each k.
 struct Panel {

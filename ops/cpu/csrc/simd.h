@@ -63,9 +63,6 @@ inline Vec nearest(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAR
 // a * 2^n for integer n from -126 to 128, with a normal result.
 inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
-// The same for integer n from -252 up; results below the smallest float are 0, other subnormals may be.
-inline Vec scale_down(Vec a, Vec n) { return scale_by_power(a, n); }
-
 inline Vec load(const BFloat16* p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
@@ -252,11 +249,6 @@ inline Vec scale_by_power(Vec a, Vec n) {
     // sum.
     const Part shift = part_splat(0x1.8p23f + 126.0f), two = part_splat(2.0f);
     return each([&](int i) { return a.v[i] * part_of_bits(part_shift_left(part_bits(n.v[i] + shift), 23)) * two; });
-}
-inline Vec scale_down(Vec a, Vec n) {
-    const Vec lowest = splat(-126.0f);
-    const Vec first = max(lowest, n);
-    return scale_by_power(scale_by_power(a, first), n - first);
 }
 inline float sum(Vec a) {
     float x[kLanes];
