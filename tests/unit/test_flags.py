@@ -249,7 +249,7 @@ def test_speculative_configs_of_vllm() -> None:
     )
     suffix = config.engine.executor.speculative
     assert suffix is not None and (suffix.method, suffix.prompt_lookup_max) == ("suffix", 12)
-    assert suffix.num_speculative_tokens == 16 and suffix.max_cached_requests == 10_000
+    assert suffix.num_speculative_tokens == 32 and suffix.max_cached_requests == 10_000
     own = speculation_of(
         method="suffix",
         num_speculative_tokens=32,
