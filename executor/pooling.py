@@ -97,19 +97,16 @@ class MeanPooling:
         return slice(0, count)
 
     def take(self, rows: F32) -> None:
-        if self._sum is None and not self._is_weighted and rows.shape[1] > 1:
-            # Whole prompts, mostly. Where rows are contiguous, NumPy adds one after the other, as the loop below does:
-            # only numbers that are neighbours are summed in another order. Adding zero turns minus zero into zero.
-            self._sum = np.add.reduce(np.ascontiguousarray(rows), axis=0) + np.float32(0)
-            self._weights = len(rows)
-            return
         if self._sum is None:
             self._sum = np.zeros(rows.shape[1], np.float32)
-        # Not rows.sum(), whose order would depend on the chunk size.
-        for row in rows:
-            self._number += 1
-            self._weights += self._number if self._is_weighted else 1
-            self._sum += row * np.float32(self._number) if self._is_weighted else row
+        numbers = np.arange(self._number + 1, self._number + len(rows) + 1)
+        self._number += len(rows)
+        if self._is_weighted:
+            rows = rows * numbers.astype(np.float32)[:, np.newaxis]
+        self._weights += int(numbers.sum()) if self._is_weighted else len(rows)
+        # NumPy adds the rows of a contiguous array to the first one after the other, however many there are: the order
+        # does not depend on the chunk size. (It sums numbers that are neighbours in another order.)
+        self._sum = np.add.reduce(np.concatenate((self._sum[np.newaxis], rows)), axis=0)
 
     def result(self) -> F32:
         assert self._sum is not None

@@ -87,10 +87,9 @@ class LateInteraction:
         return max_sim(query, document) / (max(1, len(query)) if self.is_mean else 1)
 
     def _filler(self, tokenizer: Tokenizer) -> int | None:
-        names = [self.expansion_token] if self.expansion_token else ["mask_token", "eos_token"]
-        tokens = names if self.expansion_token else [tokenizer.special_tokens_map.get(str(name)) for name in names]
-        ids = [tokenizer.token_to_id(token) for token in tokens if token is not None]
-        return next((found for found in ids if found is not None), None)
+        usual = (tokenizer.special_tokens_map.get(name) for name in ("mask_token", "eos_token"))
+        token = self.expansion_token or next((text for text in usual if text is not None), None)
+        return None if token is None else tokenizer.token_to_id(token)
 
     def _counted(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
         """Places of the tokens that are not skipped."""
