@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import msgspec
 
-from engine_core.cache_shape import CacheShape, GroupShape, Snapshots, max_step_tokens
+from engine_core.cache_shape import CacheShape, GroupShape, max_step_tokens
 from engine_core.config import EngineConfig
+from engine_core.snapshots import Snapshots
 from executor.messages import STATES_LAYOUT, KVCacheGroupSpec, WorkerReady
 
 AUTO_MAX_MODEL_LEN = -1

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine_core.restart import Suspicion
+from engine_core.snapshots import Snapshots
 from executor.messages import (
     EXIT_MODEL,
     I32,
@@ -341,6 +342,8 @@ class EngineReady(Message, frozen=True):
     """What the model does with pooled hidden states."""
     multimodal: MultiModalSupport | None = None
     """What the model does with images; None: it takes none."""
+    snapshots: Snapshots | None = None
+    """Of a model with states, the prefixes that can be cached; None: all of whole blocks."""
 
 
 class SchedulerStats(Message, frozen=True):

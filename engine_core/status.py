@@ -41,6 +41,7 @@ def engine_ready(
         kv_cache_dtype=", ".join(dict.fromkeys(spec.dtype for spec in worker.kv_cache_groups)),
         pooling=ready[max(ready)].pooling,
         multimodal=worker.multimodal,
+        snapshots=next((group.snapshots for group in shape.groups if group.snapshots is not None), None),
     )
 
 

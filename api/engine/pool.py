@@ -157,7 +157,7 @@ class EnginePool:
         )
         self.queue.on_ready(ready)
         for client, each in zip(self.clients, found, strict=True):
-            self._router.engine_ready(client.rank, each.num_kv_blocks, each.block_size)
+            self._router.engine_ready(client.rank, each.num_kv_blocks, each.block_size, each.snapshots)
         return ready
 
     async def _load_tokenizer(self) -> None:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from engine_core.hashing import block_hashes, feature_keys, root_hash
 from engine_core.messages import I32, MultiModalFeature
+from engine_core.snapshots import Snapshots
 
 RUNNING_COST = 32.0
 """Tokens of work that a running request stands for: it takes a row of each step in which another's prompt is computed,
@@ -49,26 +50,34 @@ class PrefixIndex:
     def __init__(self, capacity: int) -> None:
         """``capacity`` is the number of blocks in the engine's cache."""
         self._capacity = capacity
-        self._hashes: dict[bytes, None] = {}
-        """Least recently used first."""
+        self._hashes: dict[bytes, bool] = {}
+        """Least recently used first; whether a cached prefix may end there."""
 
     def __len__(self) -> int:
         return len(self._hashes)
 
     def longest(self, hashes: Sequence[bytes]) -> int:
-        """How many of the leading hashes are cached."""
-        known = self._hashes
-        for count, own in enumerate(hashes):
-            if own not in known:
-                return count
-        return len(hashes)
+        """How many of the leading hashes are those of a cached prefix."""
+        longest = 0
+        for count, own in enumerate(hashes, 1):
+            is_end = self._hashes.get(own)
+            if is_end is None:
+                break
+            if is_end:
+                longest = count
+        return longest
 
-    def use(self, hashes: Sequence[bytes]) -> None:
-        """Records that a request computes or reads these blocks. The last of them are forgotten first."""
+    def use(self, hashes: Sequence[bytes], ends: Collection[int] | None = None) -> None:
+        """Records that a request computes or reads these blocks. The last of them are forgotten first.
+
+        Args:
+            hashes: Of the blocks from the request's begin.
+            ends: How many of them are a prefix from which others may go on, beside what is known already; None: any.
+        """
         known = self._hashes
-        for own in reversed(hashes):
-            known.pop(own, None)
-            known[own] = None
+        for count in range(len(hashes), 0, -1):
+            own = hashes[count - 1]
+            known[own] = known.pop(own, False) or ends is None or count in ends
         while len(known) > self._capacity:
             del known[next(iter(known))]
 
@@ -125,21 +134,24 @@ class Router:
         self._engines = [_Engine() for _ in range(num_engines)]
         self._uses_prefixes = uses_prefixes
         self._block_size = 0
+        self._snapshots: Snapshots | None = None
         self._routes: dict[int, _Route] = {}
         """By index of the request."""
         self._turn = 0
         """The engine that wins the next tie."""
 
-    def engine_ready(self, engine: int, num_blocks: int, block_size: int) -> None:
+    def engine_ready(self, engine: int, num_blocks: int, block_size: int, snapshots: Snapshots | None = None) -> None:
         """Records an engine's new, empty cache.
 
         Args:
             engine: The engine.
             num_blocks: Blocks in its cache.
             block_size: Tokens in a block, the same for all engines.
+            snapshots: Which states are kept, if the model has any, the same for all engines.
         """
         self._engines[engine].prefixes = PrefixIndex(num_blocks)
         self._block_size = block_size
+        self._snapshots = snapshots
 
     def cache_lost(self, engine: int) -> None:
         """Records that an engine's cache is empty again."""
@@ -174,8 +186,22 @@ class Router:
         """Tokens of a prompt that an engine would compute: at least the last one."""
         if not prefix.hashes:
             return prefix.num_tokens
-        longest = self._engines[engine].prefixes.longest(prefix.hashes)
-        return prefix.num_tokens - min(longest, (prefix.num_tokens - 1) // self._block_size) * self._block_size
+        hashes = prefix.hashes[: (prefix.num_tokens - 1) // self._block_size]
+        return prefix.num_tokens - self._engines[engine].prefixes.longest(hashes) * self._block_size
+
+    def _ends(self, route: _Route, num_computed: int = 0) -> Collection[int] | None:
+        """The blocks after which an engine keeps a request's states, counted from 1; None: others may go on after any.
+
+        Args:
+            route: The request.
+            num_computed: Tokens that were computed when it ended; 0: it has not, so only what surely stays counts.
+        """
+        if self._snapshots is None:
+            return None
+        num_cached = route.prefix.num_tokens - route.num_uncached
+        end = self._snapshots.end_of_prompt(route.prefix.num_tokens)
+        kept = self._snapshots.kept(num_computed or end, (end, end))
+        return {own // self._block_size for own in kept if own > num_cached}
 
     def cost(self, engine: int, prefix: Prefix, weight: float = 1.0) -> float:
         """Tokens of work until a prompt's first token on an engine; its own count ``weight`` times."""
@@ -208,7 +234,7 @@ class Router:
         own = self._engines[engine]
         route = self._routes[index] = _Route(engine, prefix, self._num_uncached(engine, prefix))
         own.add(route, 1)
-        own.prefixes.use(prefix.hashes)
+        own.prefixes.use(prefix.hashes, self._ends(route))
 
     def begin(self, index: int) -> None:
         """Records that a request got its first output."""
@@ -224,7 +250,7 @@ class Router:
 
         Args:
             index: Index of the request.
-            token_ids: int32 [n], prompt and output, all of whose blocks are cached; None: only those of the prompt.
+            token_ids: int32 [n], prompt and output, whose blocks are cached; None: only those of the prompt.
         """
         route = self._routes.pop(index, None)
         if route is None:
@@ -235,7 +261,8 @@ class Router:
             known = len(hashes) * self._block_size
             # The last token was sampled and never computed.
             new = block_hashes(self._hashed(token_ids[:-1])[known:], self._block_size, hashes[-1] if hashes else root)
-            own.prefixes.use([*hashes, *new])
+            hashes = [*hashes, *new]
+            own.prefixes.use(hashes, self._ends(route, len(hashes) * self._block_size))
 
     def engine_of(self, index: int) -> int | None:
         """The engine of a request; None: it is not known."""

@@ -16,11 +16,12 @@ import torch
 
 from api import LLM, SamplingParams
 from api.errors import RequestError
-from engine_core.cache_shape import CacheShape, GroupShape, Snapshots
+from engine_core.cache_shape import CacheShape, GroupShape
 from engine_core.config import CacheConfig, SchedulerConfig
 from engine_core.messages import EngineCoreRequest, ResolvedParams, ResolvedPoolingParams, to_array
 from engine_core.request import Request
 from engine_core.scheduler import Scheduler
+from engine_core.snapshots import Snapshots
 from executor.config import ModelConfig, StepSize
 from executor.device.cpu import CpuDevice
 from executor.kv_memory import KVMemory

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import ops
-from engine_core.cache_shape import CacheShape, GroupShape, Snapshots
+from engine_core.cache_shape import CacheShape, GroupShape
 from engine_core.config import CacheConfig, SchedulerConfig
 from engine_core.messages import EngineCoreRequest, ResolvedParams, ResolvedPoolingParams
 from engine_core.request import Request
 from engine_core.scheduler import Scheduler
+from engine_core.snapshots import Snapshots
 from executor.config import DeviceConfig, ExecutorConfig, LoRAConfig, ModelConfig, SpeculativeConfig, StepSize
 from executor.device.base import Device
 from executor.device.cpu import CpuDevice

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_core.cache_shape import GroupShape, Snapshots
+from engine_core.cache_shape import GroupShape
 from engine_core.messages import FinishReason, RepetitionDetection
 from engine_core.restart import Suspicion
+from engine_core.snapshots import Snapshots
 from executor.messages import RowError, SchedulerOutput, TokenLogprobs, i32, u8
 from tests.fake_device import next_token
 from tests.null.core_harness import FakeExecutor, Harness, expected

@@ -20,7 +20,9 @@ FORBIDDEN = {
     "ops": {"api", "engine_core", "executor"},
 }
 CONTRACTS = {
-    "api": {"engine_core": {"messages", "config", "launch", "restart", "hashing", "replicas", "replica_duties"}},
+    "api": {
+        "engine_core": {"messages", "config", "launch", "restart", "hashing", "replicas", "replica_duties", "snapshots"}
+    },
     "engine_core": {
         "executor": {
             "messages",

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_core.cache_shape import GroupShape, Snapshots
+from engine_core.cache_shape import GroupShape
 from engine_core.messages import FinishReason
+from engine_core.snapshots import Snapshots
 from executor.messages import RowError, i32
 from tests.null.test_draft_tokens import proposer
 from tests.null.test_scheduler import MAX_LEN, Engine, expected_output, make_request, prompts

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from api.engine.routing import RUNNING_COST, Prefix, PrefixIndex, Router
+from engine_core.cache_shape import GroupShape
 from engine_core.hashing import block_hashes, feature_keys, root_hash
 from engine_core.messages import MultiModalFeature
+from engine_core.snapshots import Snapshots
+from tests.null.test_scheduler import MAX_LEN, Engine, make_request, prompts
 
 BLOCK = 32
 
@@ -154,3 +157,53 @@ def test_the_least_recently_used_blocks_are_forgotten_last_blocks_first() -> Non
     assert index.longest(one) == 1 and index.longest(other) == 1
     index.clear()
     assert index.longest(one) == 0
+
+
+def test_a_model_with_states_goes_on_from_snapshots_alone() -> None:
+    """They are kept every 256 tokens, before the end of a prompt, and every 64 tokens of an output."""
+    made = Router(1)
+    made.engine_ready(0, 100, BLOCK, Snapshots(BLOCK))
+    tokens = np.arange(1000, dtype=np.int32)
+
+    def cached(count: int) -> int:
+        return count - round(made.cost(0, made.prefix(tokens[:count])))
+
+    made.enter(0, 0, made.prefix(tokens[:400]))
+    made.leave(0)
+    assert [cached(count) for count in (256, 257, 384, 385, 1000)] == [0, 256, 256, 384, 384]
+    made.enter(1, 0, made.prefix(tokens[:400]))
+    made.leave(1, tokens[:500])
+    assert cached(1000) == 448, "the last one of the output"
+    made.enter(2, 0, made.prefix(tokens[:400]))
+    made.leave(2, tokens[:700])
+    assert cached(1000) == 640 and cached(600) == 512, "which replaces those that are not due anyway"
+    made.cache_lost(0)
+    assert cached(1000) == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_known_of_a_cache_with_states_is_what_the_engine_finds(seed: int) -> None:
+    """Turns of chats, with all or a part of the last answer, and other continuations of a prompt."""
+    snapshots = Snapshots(4, every=16, every_of_output=8, margin=3, output_tokens=16)
+    engine = Engine.create(depth=1, groups=(GroupShape(256, 4), GroupShape(256, 4, window=2, snapshots=snapshots)))
+    made = Router(1)
+    made.engine_ready(0, 256, 4, snapshots)
+    rng = np.random.default_rng(seed)
+    chats = prompts(2, 23, seed)
+    num_hits = 0
+    for index in range(8):
+        turn = chats[index % 2]
+        tokens = np.array(turn, np.int32)
+        prefix = made.prefix(tokens)
+        known = len(turn) - round(made.cost(0, prefix))
+        num_hits += known > 0
+        made.enter(index, 0, prefix)
+        engine.scheduler.add_request(make_request(index, turn, int(rng.integers(1, 30))))
+        engine.run()
+        assert engine.cached[index] == known
+        output = engine.outputs[index]
+        made.leave(index, np.concatenate((tokens, np.array(output, np.int32))))
+        shown = output[: int(rng.integers(len(output) + 1)) if rng.integers(2) else len(output)]
+        following = turn + shown + prompts(1, int(rng.integers(1, 9)), index)[0]
+        chats[index % 2] = following[:40] if len(following) >= MAX_LEN else following
+    assert num_hits >= 5
