@@ -44,6 +44,15 @@ HYBRIDS: Mapping[str, Family] = {
         "BambaConfig",
         "BambaForCausalLM",
         {**MAMBA, "attn_layer_indices": [1], "attention_bias": True, "mlp_bias": True},
+        variants={
+            "short convolution": {
+                "attn_layer_indices": [0, 2],
+                "mamba_d_conv": 3,
+                "mamba_conv_bias": False,
+                "mamba_proj_bias": False,
+                "mlp_bias": False,
+            }
+        },
     ),
     "falcon_h1": Family(
         "FalconH1Config",
@@ -91,7 +100,7 @@ HYBRIDS: Mapping[str, Family] = {
         old_granite_h,
         variants={
             "dense": {"num_local_experts": 0, "position_embedding_type": "rope", "mamba_n_groups": 1},
-            "limits": {"time_step_limit": [0.6, 0.7]},
+            "limits": {"time_step_limit": [0.6, 0.7], "mamba_d_conv": 3, "mamba_conv_bias": False},
         },
     ),
     "mamba2": Family(
@@ -142,10 +151,23 @@ HYBRIDS: Mapping[str, Family] = {
         old_nemotron_h,
         variants={
             "latent experts": {"moe_latent_size": 32, "norm_topk_prob": False, "n_group": 1, "topk_group": 1},
-            "dense": {"layers_block_type": [LINEAR, "mlp", FULL], "mlp_bias": True, "use_conv_bias": False},
+            "dense": {
+                "layers_block_type": [LINEAR, "mlp", FULL],
+                "mlp_bias": True,
+                "use_conv_bias": False,
+                "conv_kernel": 3,
+            },
         },
     ),
-    "qwen3_5": Family("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", HYBRID),
+    "qwen3_5": Family(
+        "Qwen3_5TextConfig",
+        "Qwen3_5ForCausalLM",
+        HYBRID,
+        variants={
+            "a head for each": {"linear_num_key_heads": 4, "linear_conv_kernel_dim": 3, "attention_bias": True},
+            "default types": {"layer_types": None, "num_hidden_layers": 4},
+        },
+    ),
     "qwen3_5_moe": Family(
         "Qwen3_5MoeTextConfig",
         "Qwen3_5MoeForCausalLM",

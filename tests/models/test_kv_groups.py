@@ -379,7 +379,7 @@ def test_caches_lie_in_memory_that_is_handed_over(kind: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("num_turns", [5, 24])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [*MODELS, *MIXTURES])
 def test_new_workers_go_on_with_what_the_last_ones_wrote(
     kind: str, num_turns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
