@@ -8,7 +8,9 @@ from engine_core.in_flight import InFlight
 from executor.messages import I64, ModelRunnerOutput
 
 PATIENCE = 8
-"""Results without drafts after which plans allow none until the workers have some again."""
+"""Results without drafts after which plans allow none until the workers have some again. A request that starts adds as
+many, but half of it for each time that as many in a row came without drafts before: texts that never repeat themselves
+rarely come alone, and drafts that a worker finds all the same are verified a plan or two later."""
 RETRY_PERIOD = 32
 """Of as many results without drafts, the first ``PATIENCE`` let plans allow some: a worker whose results come late has
 launched the next step before it finds drafts, and can keep them only if that step waits for them. Not where results are
@@ -41,11 +43,13 @@ class DraftAllowance:
         self._retries = retries
         self._num_barren = 0
         """Results in a row that came without drafts."""
+        self._num_left = PATIENCE
+        """Results that may come without drafts before plans allow none."""
 
     @property
     def is_expected(self) -> bool:
         """Whether workers may have drafts for the next plan."""
-        return (self._num_barren % RETRY_PERIOD if self._retries else self._num_barren) < PATIENCE
+        return self._num_left > 0 or (self._retries and self._num_barren % RETRY_PERIOD < PATIENCE)
 
     @property
     def usual(self) -> int:
@@ -71,12 +75,18 @@ class DraftAllowance:
 
     def restart(self) -> None:
         """Registers that a request starts, of which nothing is known."""
-        self._current, self._num_barren = self._most, 0
+        self._current = self._most
+        patience = PATIENCE if self._retries else PATIENCE >> self._num_barren // PATIENCE
+        self._num_left = max(self._num_left, patience)
 
     def note(self, step: InFlight, result: ModelRunnerOutput) -> None:
         """Records the result of a plan in which rows have sampled."""
         found = result.num_draft_tokens if step.num_steps == 1 else result.num_draft_tokens + result.num_verified
-        self._num_barren = 0 if found.strip(b"\0") else self._num_barren + 1
+        if found.strip(b"\0"):
+            self._num_barren, self._num_left = 0, PATIENCE
+        else:
+            self._num_barren += 1
+            self._num_left -= 1
         allowed = 0 if step.allowances is None else int(step.allowances.max()) // step.num_steps
         if allowed:
             used = max(result.num_verified, default=0)

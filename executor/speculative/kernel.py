@@ -52,8 +52,11 @@ class KernelSearch:
         rows = self._rows[slots]
         rows["num_tokens"] = states.num_known[slots]
         rows["limit"] = limits
-        rows["pool"] = [0 if pool is None else pool.address for pool in pools]
-        rows["pool_size"] = [0 if pool is None else len(pool.text) for pool in pools]
+        if any(pools):
+            rows["pool"] = [0 if pool is None else pool.address for pool in pools]
+            rows["pool_size"] = [0 if pool is None else len(pool.text) for pool in pools]
+        else:
+            rows["pool"] = 0
         self._kernel.propose(address(rows["tokens"]), len(rows), *self._results)
         counts = rows["count"].astype(np.int64)
         self._rows[slots] = rows

@@ -28,8 +28,10 @@ FIRST_LOGIT = 1.0
 PATIENCE = 8
 """Steps without drafts after which a slot's next step does not wait for the last one to propose some."""
 SEARCH_PERIOD = 4
-"""After as many, a slot's text is searched each time that this many steps have passed: searches take the more of a step
-the less they bring. Where this holds for all slots, nothing is done in between."""
+"""After as many, a slot's text is searched each time that this many steps have passed, or up to a quarter of those that
+have brought nothing: searches take the more of a step the less they bring. Periods are powers of two of the same steps,
+so that slots that began at different times take their turns together. While nobody's turn comes, nothing is done."""
+MAX_SEARCH_PERIOD = 32
 OVERHEAD = 1.5
 """What drafts take of a step while they are expected, in times of what their proposal takes: plans allow them, and the
 core looks for them in results."""
@@ -248,6 +250,10 @@ class Speculation:
         """Steps of a slot since drafts were last worth verifying."""
         self._told = np.zeros(max_num_seqs, np.bool_)
         """By slot: whether the engine core was told of drafts after the slot's last step."""
+        self._num_steps = 0
+        """Steps after which drafts might have been proposed."""
+        self._num_barren = 0
+        """Those since drafts were last worth verifying in any slot."""
         self._rest = 0
         """Steps in which nothing is searched or learned."""
         self._proposing_ms = 0.0
@@ -265,7 +271,9 @@ class Speculation:
         self._limits[request.slot] = self.max_drafts if own is None else min(own, self.max_drafts)
         self._ends[request.slot] = request.num_prompt_tokens + params.max_tokens
         self._lengths.add(request.slot)
-        self._num_idle[request.slot] = 0 if own != 0 else PATIENCE
+        # Texts that never repeat themselves rarely come alone: less is expected of those that follow them.
+        patience = max(1, PATIENCE >> self._num_barren // PATIENCE) if own != 0 else 0
+        self._num_idle[request.slot] = PATIENCE - patience
         self._told[request.slot] = False
         self._rest = 0
 
@@ -304,9 +312,11 @@ class Speculation:
         """
         if self._proposer is None or not len(rows):
             return None
+        self._num_steps += 1
         if self._rest and rows.offsets is None:
             self._rest -= 1
             return None
+        self._rest = 0
         begin = time.perf_counter()
         if rows.slots[0] == rows.slots[-1]:
             is_current = states.epochs[rows.slots[0]] == epochs[0]
@@ -322,7 +332,8 @@ class Speculation:
         slot = int(slots[0])
         idle, count = int(self._num_idle[slot]), 0
         self._lengths.learn((slot,), states)
-        proposed = self._proposed(slots, states) if self._is_due(idle) else _NOTHING
+        is_due = self._always_searches or self._num_steps % _period(idle) == 0
+        proposed = self._proposed(slots, states) if is_due else _NOTHING
         idle += 1
         if len(proposed.token_ids):
             (count,) = self._lengths.choose((slot,), proposed, states)
@@ -335,18 +346,14 @@ class Speculation:
         had_drafts, self._told[slot] = bool(self._told[slot]), count > 0
         if not count:
             states.num_drafts[slot] = 0
-            if not self._always_searches and idle > PATIENCE:
-                idle, self._rest = PATIENCE, SEARCH_PERIOD - 1
+            idle += self._start_rest(_period(idle))
         self._num_idle[slot] = idle
+        self._num_barren = self._num_barren + 1 + self._rest if idle else 0
         if not count:
             return Drafts(_NO_COUNT, _NO_TOKENS) if had_drafts else None
         drafts = Drafts(np.array([count]), proposed.token_ids[:count])
         states.set_drafts(slots, drafts.counts, drafts.token_ids)
         return drafts
-
-    def _is_due(self, idle: int) -> bool:
-        """Whether to search for a slot that had no drafts for some steps."""
-        return self._always_searches or idle < PATIENCE or idle % SEARCH_PERIOD == 0
 
     def _propose(self, rows: SampleRows, epochs: I64, states: RequestStates) -> Drafts | None:
         firsts = slice(None) if rows.offsets is None else (rows.offsets == 0).nonzero()[0]
@@ -359,27 +366,28 @@ class Speculation:
         numbers = slots.tolist()
         self._lengths.learn(numbers, states)
         idle = self._num_idle[slots]
-        is_due = (idle < PATIENCE) | (idle % SEARCH_PERIOD == 0) | self._always_searches
+        is_due = (self._num_steps % _periods(idle) == 0) | self._always_searches
         proposed = self._proposed(slots, states, is_due) if is_due.any() else _NOTHING
+        idle += 1
         counts = np.zeros(len(slots), np.int64)
         if len(proposed.token_ids):
             counts[:] = self._lengths.choose(numbers, proposed, states)
             if self._always_searches or self._lengths.pays(len(slots), OVERHEAD * self._proposing_ms):
-                self._num_idle[slots] = np.where(counts > 0, 0, self._num_idle[slots] + 1)
+                idle[counts > 0] = 0
             else:
                 counts[:] = 0
-                self._num_idle[slots] = PATIENCE + 1
+                idle[:] = PATIENCE + 1
             # A step that is under way already, since no drafts were expected, has none.
             counts *= states.num_known[slots] == states.num_tokens[slots]
-        else:
-            self._num_idle[slots] += 1
-        if not counts.any():  # the usual case of text that never repeats
+        has_drafts = bool(counts.any())
+        if not has_drafts:  # the usual case of text that never repeats
+            idle += self._start_rest(int(_periods(idle).min()))
+        self._num_idle[slots] = idle
+        self._num_barren = self._num_barren + 1 + self._rest if idle.all() else 0
+        if not has_drafts:
             had_drafts = bool(self._told[slots].any())
             self._told[slots] = False
             states.num_drafts[slots] = 0
-            if not self._always_searches and int(self._num_idle[slots].min()) > PATIENCE:
-                self._num_idle[slots] = PATIENCE  # their turn comes next
-                self._rest = SEARCH_PERIOD - 1
             return Drafts(_spread(counts, is_current), _NO_TOKENS) if had_drafts else None
         places, offsets = row_offsets(proposed.counts)
         token_ids = proposed.token_ids[offsets < counts[places]]
@@ -387,6 +395,11 @@ class Speculation:
         states.set_drafts(slots, counts, drafts.token_ids)
         self._told[slots] = counts > 0
         return drafts
+
+    def _start_rest(self, period: int) -> int:
+        """Lets nothing be done before a period of the searches begins, and returns for how many steps."""
+        self._rest = 0 if self._always_searches else period - 1 - self._num_steps % period
+        return self._rest
 
     def _proposed(self, slots: I32, states: RequestStates, is_due: npt.NDArray[np.bool_] | bool = True) -> Drafts:
         """Proposals for slots whose tokens have just come, of those whose turn it is."""
@@ -397,6 +410,23 @@ class Speculation:
         if self._costs is not None:
             limits = self._lengths.affordable(slots, limits, self._costs)
         return self._proposer.propose(slots, limits, states)
+
+
+def _period(num_idle: int) -> int:
+    """Steps between searches of a slot that had no drafts for so many."""
+    if num_idle < PATIENCE:
+        return 1
+    quarter: int = 1 << (num_idle // 4).bit_length() - 1
+    return min(max(quarter, SEARCH_PERIOD), MAX_SEARCH_PERIOD)
+
+
+_PERIODS: I64 = np.array([_period(num_idle) for num_idle in range(4 * MAX_SEARCH_PERIOD + 1)])
+
+
+def _periods(num_idle: I64) -> I64:
+    """``_period`` of several slots."""
+    found: I64 = _PERIODS[np.minimum(num_idle, len(_PERIODS) - 1)]
+    return found
 
 
 def _spread(counts: I64, is_current: npt.NDArray[np.bool_]) -> I64:

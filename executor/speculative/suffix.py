@@ -68,7 +68,9 @@ class SuffixProposer:
         pass
 
     def propose(self, slots: I32, limits: I64, states: RequestStates) -> Drafts:
-        pools = [self._pools.get(self._numbers[slot]) for slot in slots.tolist()]
+        pools: list[Pool | None] = [None] * len(slots)
+        if len(self._pools):
+            pools = [self._pools.get(self._numbers[slot]) for slot in slots.tolist()]
         return self._search.propose(slots, limits, states, pools)
 
 

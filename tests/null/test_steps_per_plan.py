@@ -336,6 +336,24 @@ def test_plans_allow_as_many_drafts_as_rows_need() -> None:
     assert allowance.is_expected and allowance.of(2) == 16
 
 
+def test_requests_like_those_that_had_no_drafts_wait_for_fewer() -> None:
+    def num_expected(allowance: DraftAllowance) -> int:
+        """Results without drafts before none are expected, once another request has started."""
+        allowance.restart()
+        for number in range(20):
+            if not allowance.is_expected:
+                return number
+            allowance.note(a_plan(1), ModelRunnerOutput(1))
+        raise AssertionError
+
+    allowance = DraftAllowance(16, retries=False)
+    assert [num_expected(allowance) for _ in range(9)] == [8, 4, 4, 2, 2, 2, 2, 1, 1]
+    allowance.note(a_plan(1), ModelRunnerOutput(2, num_draft_tokens=bytes([3])))
+    assert num_expected(allowance) == 8, "as soon as there are some, more may follow"
+    late = DraftAllowance(16, retries=True)
+    assert [num_expected(late) for _ in range(3)] == [8, 8, 8], "that worker would keep none"
+
+
 def test_steps_that_overlap_need_no_company() -> None:
     for steps in (chooser(late=True), chooser(stages=2)):
         steps.note(a_plan(1), 1.0)

@@ -254,8 +254,8 @@ def test_texts_that_never_repeat_themselves_are_searched_now_and_then(monkeypatc
 
     monkeypatch.setattr(SuffixProposer, "propose", noted)
     speculation = Speculation(SpeculativeConfig(method="suffix", num_speculative_tokens=4), 4)
-    states = RequestStates(4, 64, [])
-    request = NewRequest(2, np.array([1, 2], np.int32).tobytes(), 2, 0, (), params=ResolvedParams(max_tokens=60))
+    states = RequestStates(4, 500, [])
+    request = NewRequest(2, np.array([1, 2], np.int32).tobytes(), 2, 0, (), params=ResolvedParams(max_tokens=490))
     states.apply(SchedulerOutput(1, b"", b"", b"", new_reqs=(request,)))
     speculation.add(request)
 
@@ -263,8 +263,16 @@ def test_texts_that_never_repeat_themselves_are_searched_now_and_then(monkeypatc
         return proposed_after(token, 2, speculation, states) is not None
 
     assert not any(come(token) for token in range(10, 40))
-    assert searched == [*range(3, 12), *range(15, 33, 4)], "each time at first"
-    assert [come(token) for token in range(10, 20)].index(True) <= 4, "once a text repeats itself, it is found"
+    assert searched == [*range(3, 11), *range(14, 33, 4)], "each time at first, then less and less"
+    assert [come(token) for token in range(10, 20)].index(True) <= 7, "once a text repeats itself, it is found"
+    searched.clear()
+    assert not any([come(token) for token in range(100, 400)][20:])
+    assert np.diff(searched).max() == 32, "but never stops"
+    speculation.add(request)
+    searched.clear()
+    for token in range(20):
+        proposed_after(token + 400, 2, speculation, states)
+    assert len(searched) <= 6, "requests that follow are like those before"
 
 
 def test_drafts_that_a_plan_did_not_allow_are_gone_after_its_step() -> None:
@@ -278,7 +286,7 @@ def test_drafts_that_a_plan_did_not_allow_are_gone_after_its_step() -> None:
 
     proposed_after(2, 1, speculation, states)
     assert states.num_drafts[1] > 0
-    for token in range(10, 20):
+    for token in range(10, 18):
         proposed_after(token, 2, speculation, states)  # until nothing is searched for a while
     proposed_after(3, 1, speculation, states)
     assert states.num_drafts[1] == 0
