@@ -12,6 +12,8 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 
+from executor.speculative.doubt import Doubt
+
 KNOTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 """Tokens of a step; times in between are interpolated."""
 TIMED = (1, 8, 4, 2, 16)
@@ -81,6 +83,7 @@ class StepCosts:
         self._num_added = 0
         self._visits = [0.0] * len(KNOTS)
         """Recent steps of about the size of each knot."""
+        self._doubt = Doubt(len(KNOTS))
 
     def start(self, milliseconds: Mapping[int, float]) -> None:
         """Takes over how the times that ``time_steps`` has measured grow. Whole steps take longer, as they sample."""
@@ -101,7 +104,10 @@ class StepCosts:
         measured = math.log(milliseconds)
         if self._scale is None:
             self._scale = measured - expected
-        surprise = min(MAX_SURPRISE, max(-MAX_SURPRISE, measured - expected - self._scale))
+        believed = self._doubt.believed(right if weight > 0.5 else left, measured - expected - self._scale)
+        if believed is None:
+            return
+        surprise = min(MAX_SURPRISE, max(-MAX_SURPRISE, believed))
         self._scale += SCALE_RATE * surprise
         self._visits = [KEPT * visits for visits in self._visits]
         for knot, share in ((left, 1 - weight), (right, weight)):

@@ -15,6 +15,7 @@ from executor.config import SpeculativeConfig
 from executor.messages import I32, NewRequest, ResolvedParams, SchedulerOutput
 from executor.request_states import RequestStates
 from executor.speculative.base import ComputedRows, Drafts, ProposerContext
+from executor.speculative.doubt import Doubt
 from executor.speculative.draft_lengths import DraftLengths
 from executor.speculative.draft_model import DraftModelProposer
 from executor.speculative.lookup import NO_TOKEN, NUM_KINDS, continuation, find
@@ -228,6 +229,30 @@ def test_costs_begin_with_what_the_start_has_measured() -> None:
     assert costs.relative([8])[0] == pytest.approx(StepCosts().relative([8])[0], rel=0.1), "so it is tried again"
     learn_costs(costs, lambda count: cost_of(count, 1.0))
     assert costs.relative([8])[0] / costs.relative([1])[0] == pytest.approx(1.7, rel=0.1)
+
+
+def test_one_long_step_changes_no_costs() -> None:
+    costs = StepCosts()
+    learn_costs(costs, lambda count: cost_of(count, 0.5))
+    before = costs.milliseconds(range(1, 17))
+    for count in (1, 8, 3, 8, 1, 16):
+        costs.add(count, 20 * cost_of(count, 0.5))  # another program had the cores, or a prompt the caches
+        costs.add(count, cost_of(count, 0.5))
+        assert costs.milliseconds(range(1, 17)) == pytest.approx(before, rel=0.02)
+    for _ in range(3):
+        costs.add(8, 40.0)
+    assert costs.milliseconds([8])[0] > 1.5 * before[7], "several of them are believed"
+
+
+def test_long_times_need_others_that_confirm_them() -> None:
+    doubt = Doubt(2)
+    assert [doubt.believed(0, surprise) for surprise in (0.1, -2.0, 0.3)] == [0.1, -2.0, 0.3]
+    assert doubt.believed(0, 3.0) is None
+    assert doubt.believed(1, 2.0) is None, "each size for itself"
+    assert doubt.believed(0, 1.0) == 1.0
+    assert doubt.believed(0, 5.0) == 1.0, "the smaller of the last two"
+    assert doubt.believed(0, 0.0) == 0.0
+    assert doubt.believed(0, 5.0) is None
 
 
 def follow(lengths: DraftLengths, states: RequestStates, draft: list[int], came: list[int]) -> int:
